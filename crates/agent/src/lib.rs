@@ -1,0 +1,1 @@
+//! One host: run QEMU, layers, snapshots, migration, sensing.

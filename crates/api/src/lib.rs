@@ -1,0 +1,1 @@
+//! Both HTTP contracts (manager and agent): paths, bodies, error codes, typed client, TLS.

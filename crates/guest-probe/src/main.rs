@@ -1,0 +1,2 @@
+//! Guest probe.
+fn main() {}

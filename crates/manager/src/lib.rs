@@ -1,0 +1,1 @@
+//! One cluster: the door, workflows, reconcilers, policy, audit, placement.

@@ -1,0 +1,1 @@
+//! The nouns and the rules: ids, states, transitions, placement; pure.

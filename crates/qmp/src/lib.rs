@@ -1,0 +1,1 @@
+//! Talk to one QEMU: session, typed commands and the events in use.
