@@ -1,1 +1,29 @@
-//! The nouns and the rules: ids, states, transitions, placement; pure.
+//! The nouns and the rules of Berth, pure.
+//!
+//! Nothing here does I/O, reads a clock, draws a random number or knows HTTP or SQL: time and entropy come in as
+//! arguments. So every rule can be tested with a table, and the same rule serves the manager, the agents and the
+//! command line.
+//!
+//! Read in this order: [`id`] and [`name`] (what things are called), [`time`], [`problem`] (how a refusal is said),
+//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`migration`], [`operation`], and last the rules that
+//! join them: [`access`] and [`placement`].
+
+pub mod id;
+pub mod name;
+pub mod time;
+
+pub mod problem;
+
+pub mod host;
+pub mod image;
+pub mod migration;
+pub mod operation;
+pub mod snapshot;
+pub mod vm;
+
+pub mod access;
+pub mod placement;
+
+pub use id::{HostId, ImageId, LayerId, OperationId, SegmentId, SnapshotId, TokenId, UserId, VmId};
+pub use problem::{Problem, ProblemCode};
+pub use time::Timestamp;

@@ -1,0 +1,406 @@
+//! The agent's contract: what the manager asks of a host, and what agents ask of each other.
+//!
+//! Everything that changes something is a **task**: the manager chooses its id (derived from its operation and step),
+//! puts it, and asks how it is. Putting the same task twice is the same as once, so a manager that died asks again
+//! with the same id; an agent that died has forgotten the task, is given it again, and finds in what is on disk and in
+//! the running QEMU how far it had come. So each task must bear being run twice, and after any half of it.
+//!
+//! Routes under `/v1/peer` are for other hosts of the cluster, all others for the manager alone; the certificate says
+//! who asks.
+
+use berth_model::host::Inventory;
+use berth_model::image::{Image, PartRole};
+use berth_model::migration::MigrationReport;
+use berth_model::name::Name;
+use berth_model::operation::Progress;
+use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
+use berth_model::vm::{GuestState, PortForward, VmSpec, VmState};
+use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, SnapshotId, VmId};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::endpoint::Nothing;
+
+/// What an agent must know of a VM to run it: everything, so that no other question is needed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmDefinition {
+    /// Its id.
+    pub id: VmId,
+    /// Its number, from which its user id is derived: the same on every host.
+    pub number: u32,
+    /// `segment/name`, for logs and the process list.
+    pub full_name: String,
+    /// The host name that the guest is given.
+    pub hostname: Name,
+    /// What it is to be.
+    pub spec: VmSpec,
+    /// Its image.
+    pub image: Image,
+    /// The id of the first writable layer.
+    pub first_layer: LayerId,
+}
+
+/// Something to be done by an agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum TaskSpec {
+    /// Make an image's parts present in a pool by copying them from another host; nothing if they are.
+    FetchImage {
+        /// The image.
+        image: Image,
+        /// The pool.
+        pool: Name,
+        /// The host that has it.
+        from: HostId,
+        /// That host's address.
+        from_address: String,
+    },
+    /// Remove an image from a pool.
+    DeleteImage {
+        /// The image.
+        image: ImageId,
+        /// The pool.
+        pool: Name,
+    },
+    /// Make the VM's directory, first writable layer and seed.
+    PrepareVm {
+        /// The VM.
+        definition: Box<VmDefinition>,
+    },
+    /// Start a process for a VM that has none, and let the guest run; nothing if it runs.
+    StartVm {
+        /// The VM as it is to be.
+        definition: Box<VmDefinition>,
+    },
+    /// Ask the guest to power down; done when the process has gone.
+    ShutdownVm {
+        /// How long it may take, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Take the power away; done when the process has gone.
+    StopVm,
+    /// Reset the machine: a warm restart in the same process.
+    RestartVm,
+    /// Hold the guest.
+    PauseVm,
+    /// Let it go on.
+    ResumeVm,
+    /// Wait until the guest says that it is ready.
+    WaitReady {
+        /// How long it may take, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Stop the VM if it runs, and remove what this host has of it.
+    DeleteVm {
+        /// Its pool.
+        pool: Name,
+        /// Keep what is in the pool: another host owns it now.
+        keep_files: bool,
+    },
+    /// Take a snapshot; of a stopped VM, of its disk alone.
+    TakeSnapshot {
+        /// Its id.
+        snapshot: SnapshotId,
+        /// The id of the writable layer after it.
+        new_top: LayerId,
+    },
+    /// Put the VM back to a snapshot, whatever it is doing; it runs (or rests, for one without memory) as it was then.
+    RestoreSnapshot {
+        /// The VM.
+        definition: Box<VmDefinition>,
+        /// To which.
+        snapshot: SnapshotId,
+        /// The id of the writable layer after it.
+        new_top: LayerId,
+    },
+    /// Remove a snapshot's memory, and its layers where nothing else needs them.
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// As target: expect this VM from that host. The source's agent does the rest.
+    AdmitMigration {
+        /// The migration: its operation's id.
+        migration: OperationId,
+        /// The VM.
+        definition: Box<VmDefinition>,
+        /// Where it comes from.
+        source: HostId,
+        /// Both hosts see the VM's directory in one shared pool.
+        shared_pool: bool,
+    },
+    /// As target: forget the migration and remove what came of it; refused once the guest runs here.
+    RefuseMigration {
+        /// The migration.
+        migration: OperationId,
+        /// Both hosts see the VM's directory in one shared pool.
+        shared_pool: bool,
+    },
+    /// As target: the source is known to have handed the VM over; let it run. Nothing if it runs.
+    TakeOver {
+        /// The migration.
+        migration: OperationId,
+    },
+    /// As source: move the VM; see [`TaskOutput::Moved`] and [`TaskOutput::HandedOver`].
+    MoveVm {
+        /// The migration.
+        migration: OperationId,
+        /// Where to.
+        target: HostId,
+        /// That host's address.
+        target_address: String,
+        /// Both hosts see the VM's directory in one shared pool.
+        shared_pool: bool,
+        /// Most bytes a second to send; none: as the link takes.
+        bandwidth_bytes_per_second: Option<u64>,
+        /// Ids for layers that have to be frozen on the way, in order of use.
+        spare_layers: Vec<LayerId>,
+    },
+    /// As source: the target is known to have no process; take the VM back and let it run.
+    TakeBack {
+        /// The migration.
+        migration: OperationId,
+    },
+}
+
+/// What a task has to say when it succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "of", rename_all = "kebab-case")]
+pub enum TaskOutput {
+    /// Nothing more than that it is done.
+    Done,
+    /// A snapshot was taken.
+    Snapshot {
+        /// What it cost.
+        facts: SnapshotFacts,
+    },
+    /// The VM was put back.
+    Restored {
+        /// What it cost.
+        facts: RestoreFacts,
+    },
+    /// The guest said that it is ready.
+    Ready {
+        /// How it said so: `guest-agent` or `probe`.
+        signal: String,
+        /// How long it took from the start of waiting, in milliseconds.
+        after_ms: u64,
+    },
+    /// The guest runs on the target.
+    Moved {
+        /// What was measured.
+        report: MigrationReport,
+        /// The writable layer that it runs on now.
+        top: LayerId,
+    },
+    /// The source has handed the VM over, and does not know whether the target lets it run: ask the target.
+    HandedOver {
+        /// What was measured so far.
+        report: MigrationReport,
+        /// The writable layer that it is to run on.
+        top: LayerId,
+    },
+}
+
+/// How a task stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum TaskState {
+    /// It is being done, or waits for its turn.
+    Running {
+        /// How far it is.
+        progress: Progress,
+    },
+    /// Done.
+    Succeeded {
+        /// What it has to say.
+        output: TaskOutput,
+    },
+    /// Not done, and nothing of it left.
+    Failed {
+        /// Why.
+        problem: Problem,
+    },
+}
+
+/// A task with how it stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Task {
+    /// Its id.
+    pub id: String,
+    /// Rises with each change of the task: the next wait is for one above it.
+    pub version: u64,
+    /// How it stands.
+    pub state: TaskState,
+}
+
+/// A task to be done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PutTask {
+    /// The VM it is about; none for images.
+    #[serde(default)]
+    pub vm: Option<VmId>,
+    /// The VM's generation: a command with an older one than the agent has seen is refused.
+    #[serde(default)]
+    pub generation: u64,
+    /// What to do.
+    pub spec: TaskSpec,
+}
+
+/// Where this host stands in a migration of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "side", rename_all = "kebab-case")]
+pub enum MigrationSide {
+    /// It sends the VM.
+    Source {
+        /// The migration.
+        migration: OperationId,
+        /// It has given the VM away, durably.
+        handed_over: bool,
+    },
+    /// It receives the VM.
+    Target {
+        /// The migration.
+        migration: OperationId,
+        /// All state is loaded.
+        loaded: bool,
+    },
+}
+
+/// How a VM is, as its host sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmReport {
+    /// Which.
+    pub vm: VmId,
+    /// The newest generation that was commanded here.
+    pub generation: u64,
+    /// Its state; never `unknown`.
+    pub state: VmState,
+    /// What is known of the guest.
+    pub guest: GuestState,
+    /// Its part in a migration, if one is under way or unresolved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationSide>,
+    /// The writable layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<LayerId>,
+    /// With user-mode networking: the ports that lead to each interface.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forwards: Vec<Vec<PortForward>>,
+    /// The last thing that went wrong, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// All VMs of a host at one instant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AgentReport {
+    /// Random for each start of the agent.
+    pub incarnation: String,
+    /// Rises with each change within one incarnation.
+    pub generation: u64,
+    /// The VMs that this host has anything of.
+    pub vms: Vec<VmReport>,
+}
+
+/// Which report to wait for.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ReportQuery {
+    /// The incarnation of the last report that was read.
+    #[serde(default)]
+    pub incarnation: Option<String>,
+    /// Its generation: answer when there is a newer one.
+    #[serde(default)]
+    pub after: Option<u64>,
+    /// Or after so many milliseconds.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+}
+
+/// Which change of a task to wait for.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct TaskQuery {
+    /// The version that was read last: answer when there is a newer one.
+    #[serde(default)]
+    pub after: Option<u64>,
+    /// Or after so many milliseconds.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+}
+
+/// A task in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskPath {
+    /// Its id: `[A-Za-z0-9._-]`, at most 128 characters.
+    pub task: String,
+}
+
+/// A VM in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentVmPath {
+    /// Its id.
+    pub vm: VmId,
+}
+
+/// A part of an image in a pool, in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PoolImagePath {
+    /// The pool.
+    pub pool: Name,
+    /// The image.
+    pub image: ImageId,
+    /// The part.
+    pub role: PartRole,
+}
+
+/// What an uploaded part must be.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PartQuery {
+    /// `raw` or `qcow2`.
+    #[serde(default)]
+    pub format: String,
+    /// Its length.
+    #[serde(default)]
+    pub size_bytes: u64,
+    /// Its SHA-256 in hexadecimal.
+    #[serde(default)]
+    pub sha256: String,
+}
+
+/// A part that was stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StoredPart {
+    /// The size that a guest sees, in bytes.
+    pub virtual_size_bytes: u64,
+}
+
+/// A migration in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrationPath {
+    /// Its operation's id.
+    pub migration: OperationId,
+}
+
+crate::endpoints! {
+    /// What this host has and can do.
+    InventoryShow: GET "/v1/inventory", Json, HostView, path Nothing, query Nothing, body (), reply Inventory;
+    /// All VMs of this host; waits for news when asked to.
+    ReportShow: GET "/v1/report", Json, HostView, path Nothing, query ReportQuery, body (), reply AgentReport;
+    /// Do something; the same task twice is the same as once.
+    TaskPut: PUT "/v1/tasks/{task}", Json, VmConfigure, path TaskPath, query Nothing, body PutTask, reply Task;
+    /// How a task stands; waits for news when asked to.
+    TaskShow: GET "/v1/tasks/{task}", Json, OperationView, path TaskPath, query TaskQuery, body (), reply Task;
+    /// Ask a task to stop and to leave nothing behind.
+    TaskCancel: POST "/v1/tasks/{task}/cancel", Json, OperationCancel, path TaskPath, query Nothing, body (), reply Task;
+    /// A VM's serial console, as a websocket of binary messages.
+    ConsoleOpen: GET "/v1/vms/{vm}/console", WebSocket, VmConsole, path AgentVmPath, query Nothing, body (), reply ();
+    /// Put a part of an image into a pool, checking it.
+    PoolImageUpload: PUT "/v1/pools/{pool}/images/{image}/parts/{role}", Upload, ImageImport, path PoolImagePath, query PartQuery, body (), reply StoredPart;
+    /// The agent's metrics, in Prometheus' text format.
+    AgentMetrics: GET "/metrics", Text, MetricsView, path Nothing, query Nothing, body (), reply ();
+
+    /// For other hosts: the bytes of a part of an image.
+    PeerImageDownload: GET "/v1/peer/pools/{pool}/images/{image}/parts/{role}", Download, ImageView, path PoolImagePath, query Nothing, body (), reply ();
+    /// For other hosts: send a VM here, in the migration's own protocol; only one that was admitted.
+    PeerMigrationOpen: POST "/v1/peer/migrations/{migration}", Upgrade, VmMigrate, path MigrationPath, query Nothing, body (), reply ();
+}

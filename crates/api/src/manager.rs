@@ -1,0 +1,606 @@
+//! The manager's contract: what users, the web console and other programs ask of a cluster.
+//!
+//! A VM is named in a path by its id or by `segment/name` (the slash percent-encoded); other things by id or name.
+//! Changes that take time answer with an operation; who wants to wait asks [`OperationWait`].
+
+use berth_model::access::Action;
+use berth_model::host::Host;
+use berth_model::image::{Image, ImagePart, PartRole};
+use berth_model::name::Name;
+use berth_model::operation::{Operation, OperationState};
+use berth_model::snapshot::Snapshot;
+use berth_model::vm::{Nic, Vm};
+use berth_model::{HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::endpoint::Nothing;
+
+/// Longest page of a list.
+pub const PAGE_LIMIT_MAX: u32 = 5000;
+/// Page of a list when none is asked for.
+pub const PAGE_LIMIT_DEFAULT: u32 = 500;
+/// Longest wait of one request, in milliseconds. Longer, and proxies in between begin to cut it off.
+pub const WAIT_MS_MAX: u64 = 55_000;
+
+/// Which page of a list.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PageQuery {
+    /// Most items in the answer.
+    #[serde(default)]
+    pub limit: Option<u32>,
+    /// Where the last page ended: its `next_cursor`.
+    #[serde(default)]
+    pub cursor: Option<String>,
+}
+
+/// Which VMs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct VmListQuery {
+    /// Only those of this segment (id or name).
+    #[serde(default)]
+    pub segment: Option<String>,
+    /// Only those on this host (id or name).
+    #[serde(default)]
+    pub host: Option<String>,
+    /// Most items in the answer.
+    #[serde(default)]
+    pub limit: Option<u32>,
+    /// Where the last page ended: its `next_cursor`.
+    #[serde(default)]
+    pub cursor: Option<String>,
+}
+
+/// Which operations.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct OperationListQuery {
+    /// Only those about this VM (id or `segment/name`).
+    #[serde(default)]
+    pub vm: Option<String>,
+    /// Only those of this kind (`vm.migrate`).
+    #[serde(default)]
+    pub kind: Option<String>,
+    /// Only those that are not over.
+    #[serde(default)]
+    pub active: Option<bool>,
+    /// Most items in the answer.
+    #[serde(default)]
+    pub limit: Option<u32>,
+    /// Where the last page ended: its `next_cursor`.
+    #[serde(default)]
+    pub cursor: Option<String>,
+}
+
+/// How long to wait.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct WaitQuery {
+    /// At most so many milliseconds.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+}
+
+/// Only try: check everything that can be checked and change nothing.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ChangeQuery {
+    /// Whether to only try.
+    #[serde(default)]
+    pub dry_run: Option<bool>,
+}
+
+/// How to delete.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct DeleteQuery {
+    /// Also when it runs; protection is not overruled by it.
+    #[serde(default)]
+    pub force: Option<bool>,
+    /// Whether to only try.
+    #[serde(default)]
+    pub dry_run: Option<bool>,
+}
+
+/// What is asked about.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CanIQuery {
+    /// The action (`vm.restore`).
+    #[serde(default)]
+    pub action: String,
+    /// The resource (`default/books`, a segment's name); none: the cluster.
+    #[serde(default)]
+    pub resource: Option<String>,
+}
+
+macro_rules! paths {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty),* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Serialize, Deserialize)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type),* }
+    )*};
+}
+
+paths! {
+    /// A VM in a path.
+    VmPath { /** Id, or `segment/name`. */ vm: String }
+    /// A snapshot of a VM in a path.
+    SnapshotPath { /** The VM: id, or `segment/name`. */ vm: String, /** The snapshot: id or name. */ snapshot: String }
+    /// A host in a path.
+    HostPath { /** Id or name. */ host: String }
+    /// A segment in a path.
+    SegmentPath { /** Id or name. */ segment: String }
+    /// An image in a path.
+    ImagePath { /** Id or name. */ image: String }
+    /// A part of an image in a path.
+    ImagePartPath { /** Id or name. */ image: String, /** The part. */ role: PartRole }
+    /// An operation in a path.
+    OperationPath { /** Id. */ operation: OperationId }
+    /// A user in a path.
+    UserPath { /** Id or name. */ user: String }
+    /// A token in a path.
+    TokenPath { /** Id. */ token: TokenId }
+}
+
+/// A page of a list.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Page<T> {
+    /// The items.
+    pub items: Vec<T>,
+    /// Where the next page begins; none: this is the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
+}
+
+/// Who the caller is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WhoAmI {
+    /// The user's name.
+    pub user: Name,
+    /// The user's id.
+    pub id: UserId,
+    /// The user's roles.
+    pub roles: Vec<String>,
+    /// The token that was shown.
+    pub token: TokenId,
+}
+
+/// Whether something is allowed, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CanIReply {
+    /// Whether.
+    pub allowed: bool,
+    /// Why, in a sentence.
+    pub reason: String,
+}
+
+/// Wish for a join token.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct CreateJoinToken {
+    /// How long it may be used, in seconds; none: an hour.
+    #[serde(default)]
+    pub expires_s: Option<u64>,
+}
+
+/// A join token, shown once.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct JoinToken {
+    /// The secret to give to `berth agent join`, once; it carries the CA's fingerprint.
+    pub token: String,
+    /// Until when.
+    pub expires_at: Timestamp,
+}
+
+/// A machine that wants to join.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct EnrolRequest {
+    /// The join token.
+    pub token: String,
+    /// The host's name to be.
+    pub name: Name,
+    /// Where its agent will listen, `address:port`.
+    pub address: String,
+    /// Certificate signing request in PEM; its key never leaves the machine.
+    pub csr_pem: String,
+}
+
+/// The answer to a machine that joins or renews.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct EnrolReply {
+    /// The host's id.
+    pub host: HostId,
+    /// Its certificate in PEM.
+    pub certificate_pem: String,
+    /// The cluster's CA in PEM.
+    pub ca_pem: String,
+}
+
+/// A host that renews its certificate.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct RenewRequest {
+    /// Certificate signing request in PEM.
+    pub csr_pem: String,
+}
+
+/// A segment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Segment {
+    /// Its id.
+    pub id: SegmentId,
+    /// Its name, unique in the cluster.
+    pub name: Name,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// Wish for a segment.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateSegment {
+    /// Its name.
+    pub name: Name,
+}
+
+/// Wish for an image: its parts are uploaded after this, each with [`ImagePartUpload`].
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateImage {
+    /// Its name.
+    pub name: Name,
+    /// The segment whose VMs may use it (id or name); none: all.
+    #[serde(default)]
+    pub segment: Option<String>,
+    /// Its parts, with format, size and checksum stated.
+    pub parts: Vec<ImagePart>,
+    /// The kernel's command line, for images with a kernel.
+    #[serde(default)]
+    pub kernel_command_line: String,
+    /// The pool to put it in; none: `default`.
+    #[serde(default)]
+    pub pool: Option<Name>,
+}
+
+/// Wish for a VM.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateVm {
+    /// The segment (id or name).
+    pub segment: String,
+    /// Its name.
+    pub name: Name,
+    /// The image (id or name).
+    pub image: String,
+    /// Virtual CPUs; none: 1.
+    #[serde(default)]
+    pub vcpus: Option<u32>,
+    /// Memory in MiB; none: 1024.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
+    /// Disk in MiB; none: the image's own size, at least 1024.
+    #[serde(default)]
+    pub disk_mib: Option<u64>,
+    /// The pool; none: `default`.
+    #[serde(default)]
+    pub pool: Option<Name>,
+    /// Network interfaces; none: one with an address of the cluster's own range.
+    #[serde(default)]
+    pub nics: Option<Vec<NewNic>>,
+    /// cloud-init user data.
+    #[serde(default)]
+    pub user_data: Option<String>,
+    /// The CPU model; none: one that every host offers.
+    #[serde(default)]
+    pub cpu_model: Option<String>,
+    /// The machine type; none: the newest that every host offers.
+    #[serde(default)]
+    pub machine_type: Option<String>,
+    /// The host to start on (id or name); none: Berth chooses.
+    #[serde(default)]
+    pub host: Option<String>,
+    /// Held against deletion.
+    #[serde(default)]
+    pub protected: bool,
+    /// How long the guest may take to be ready, in seconds; none: 300.
+    #[serde(default)]
+    pub ready_timeout_s: Option<u32>,
+    /// Make it, but don't start it.
+    #[serde(default)]
+    pub stopped: bool,
+}
+
+/// Wish for a network interface.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct NewNic {
+    /// The Ethernet address; none: Berth chooses.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// The IPv4 address with prefix length; none: Berth chooses; `dhcp`: the guest asks.
+    #[serde(default)]
+    pub address: Option<String>,
+    /// With user-mode networking: ports to forward to the guest.
+    #[serde(default)]
+    pub forwards: Vec<berth_model::vm::PortForward>,
+}
+
+/// A VM with a network interface's wish made real.
+pub type NicReply = Nic;
+
+/// A change of a VM's settings; what is absent stays.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct UpdateVm {
+    /// Held against deletion.
+    #[serde(default)]
+    pub protected: Option<bool>,
+    /// How long the guest may take to be ready, in seconds.
+    #[serde(default)]
+    pub ready_timeout_s: Option<u32>,
+}
+
+/// How to shut down.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct ShutdownVm {
+    /// How long the guest may take, in seconds; none: 120.
+    #[serde(default)]
+    pub timeout_s: Option<u32>,
+}
+
+/// How to migrate.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct MigrateVm {
+    /// The host to go to (id or name); none: Berth chooses.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Most bytes a second to send; none: as the link takes.
+    #[serde(default)]
+    pub bandwidth_bytes_per_second: Option<u64>,
+}
+
+/// Wish for a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct CreateSnapshot {
+    /// Its name; none: made of the time.
+    #[serde(default)]
+    pub name: Option<Name>,
+    /// A word about it.
+    #[serde(default)]
+    pub note: String,
+}
+
+/// Where to put a VM back to.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct RestoreVm {
+    /// The snapshot (id or name); none: the baseline.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+    /// Don't take an undo snapshot first.
+    #[serde(default)]
+    pub no_undo: bool,
+}
+
+/// An operation that was begun, or, when only tried, would have been.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct OperationRef {
+    /// The operation; none when it was only tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<Operation>,
+    /// What it does or would do, in a sentence.
+    pub summary: String,
+    /// The VM as it was when the operation began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<Vm>,
+}
+
+/// A user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct User {
+    /// Its id.
+    pub id: UserId,
+    /// Its name.
+    pub name: Name,
+    /// Its roles: `admin`, or none.
+    pub roles: Vec<String>,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// Wish for a user.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateUser {
+    /// Its name.
+    pub name: Name,
+    /// Its roles.
+    #[serde(default)]
+    pub roles: Vec<String>,
+}
+
+/// A token, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Token {
+    /// Its id.
+    pub id: TokenId,
+    /// Whose it is.
+    pub user: UserId,
+    /// A word about it.
+    pub note: String,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Until when; none: until revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Timestamp>,
+}
+
+/// Wish for a token.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreateToken {
+    /// Whose (id or name).
+    pub user: String,
+    /// A word about it.
+    #[serde(default)]
+    pub note: String,
+    /// How long it is good, in seconds; none: until revoked.
+    #[serde(default)]
+    pub expires_s: Option<u64>,
+}
+
+/// A new token with its secret, shown once.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct NewToken {
+    /// The token.
+    pub token: Token,
+    /// The bearer secret.
+    pub secret: String,
+}
+
+/// One request as it was judged and answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuditRecord {
+    /// Its number: without gaps.
+    pub sequence: u64,
+    /// The request's id.
+    pub request_id: String,
+    /// Who asked: a user's name, a host's id, `join-token`, or `anonymous`.
+    pub actor: String,
+    /// The action that was needed.
+    pub action: Action,
+    /// Method and path.
+    pub request: String,
+    /// What it was about (`vm:default/books`).
+    pub resource: String,
+    /// `allow` or `deny`.
+    pub decision: String,
+    /// Why it was so decided.
+    pub reason: String,
+    /// When it came.
+    pub started_at: Timestamp,
+    /// When it was answered; none: the manager died in between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Timestamp>,
+    /// The HTTP status.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// The operation that it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<OperationId>,
+    /// The address it came from.
+    #[serde(default)]
+    pub remote: String,
+}
+
+/// That the manager lives.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// Its version.
+    pub version: String,
+    /// `ok`.
+    pub status: String,
+}
+
+/// States in which an operation is over, for clients that wait.
+pub const OVER: [OperationState; 3] =
+    [OperationState::Succeeded, OperationState::Failed, OperationState::Cancelled];
+
+crate::endpoints! {
+    /// Whether the manager lives.
+    HealthShow: GET "/healthz", Json, Public, path Nothing, query Nothing, body (), reply Health;
+    /// This document.
+    OpenApiShow: GET "/v1/openapi.json", Text, Public, path Nothing, query Nothing, body (), reply ();
+    /// The manager's metrics, in Prometheus' text format.
+    MetricsShow: GET "/metrics", Text, MetricsView, path Nothing, query Nothing, body (), reply ();
+    /// Who the caller is.
+    WhoAmIShow: GET "/v1/whoami", Json, SelfView, path Nothing, query Nothing, body (), reply WhoAmI;
+    /// Whether the caller may do something, and why.
+    CanI: GET "/v1/can-i", Json, SelfView, path Nothing, query CanIQuery, body (), reply CanIReply;
+
+    /// Make a token with which one machine can join.
+    JoinTokenCreate: POST "/v1/join-tokens", Json, HostJoin, path Nothing, query Nothing, body CreateJoinToken, reply JoinToken;
+    /// Join this machine to the cluster.
+    HostEnrol: POST "/v1/enrol", Json, Enrol, path Nothing, query Nothing, body EnrolRequest, reply EnrolReply;
+    /// Renew the certificate of the host that asks.
+    CertificateRenew: POST "/v1/certificate", Json, CertificateRenew, path Nothing, query Nothing, body RenewRequest, reply EnrolReply;
+    /// The hosts.
+    HostList: GET "/v1/hosts", Json, HostView, path Nothing, query PageQuery, body (), reply Page<Host>;
+    /// A host.
+    HostShow: GET "/v1/hosts/{host}", Json, HostView, path HostPath, query Nothing, body (), reply Host;
+    /// Take a host without VMs out of the cluster.
+    HostDelete: DELETE "/v1/hosts/{host}", Json, HostRemove, path HostPath, query Nothing, body (), reply ();
+
+    /// The segments.
+    SegmentList: GET "/v1/segments", Json, SegmentView, path Nothing, query PageQuery, body (), reply Page<Segment>;
+    /// Make a segment.
+    SegmentCreate: POST "/v1/segments", Json, SegmentCreate, path Nothing, query Nothing, body CreateSegment, reply Segment;
+    /// Delete an empty segment.
+    SegmentDelete: DELETE "/v1/segments/{segment}", Json, SegmentDelete, path SegmentPath, query Nothing, body (), reply ();
+
+    /// The images.
+    ImageList: GET "/v1/images", Json, ImageView, path Nothing, query PageQuery, body (), reply Page<Image>;
+    /// Declare an image whose parts will be uploaded.
+    ImageCreate: POST "/v1/images", Json, ImageImport, path Nothing, query Nothing, body CreateImage, reply Image;
+    /// An image.
+    ImageShow: GET "/v1/images/{image}", Json, ImageView, path ImagePath, query Nothing, body (), reply Image;
+    /// Upload a part; it is checked against what was declared, and the image is ready when all have arrived.
+    ImagePartUpload: PUT "/v1/images/{image}/parts/{role}", Upload, ImageImport, path ImagePartPath, query Nothing, body (), reply Image;
+    /// Delete an image that no VM needs.
+    ImageDelete: DELETE "/v1/images/{image}", Json, ImageDelete, path ImagePath, query Nothing, body (), reply OperationRef;
+
+    /// The VMs.
+    VmList: GET "/v1/vms", Json, VmView, path Nothing, query VmListQuery, body (), reply Page<Vm>;
+    /// Make a VM and start it.
+    VmCreate: POST "/v1/vms", Json, VmCreate, path Nothing, query ChangeQuery, body CreateVm, reply OperationRef;
+    /// A VM; its revision is in the ETag.
+    VmShow: GET "/v1/vms/{vm}", Json, VmView, path VmPath, query Nothing, body (), reply Vm;
+    /// Change a VM's settings (If-Match is honoured).
+    VmUpdate: PATCH "/v1/vms/{vm}", Json, VmConfigure, path VmPath, query ChangeQuery, body UpdateVm, reply Vm;
+    /// Delete a VM with its disk and snapshots (If-Match is honoured).
+    VmDelete: DELETE "/v1/vms/{vm}", Json, VmDelete, path VmPath, query DeleteQuery, body (), reply OperationRef;
+    /// Start a stopped VM.
+    VmStart: POST "/v1/vms/{vm}/start", Json, VmStart, path VmPath, query ChangeQuery, body (), reply OperationRef;
+    /// Ask the guest to power down, and wait until it has.
+    VmShutdown: POST "/v1/vms/{vm}/shutdown", Json, VmStop, path VmPath, query ChangeQuery, body ShutdownVm, reply OperationRef;
+    /// Take the power away.
+    VmStop: POST "/v1/vms/{vm}/stop", Json, VmStop, path VmPath, query ChangeQuery, body (), reply OperationRef;
+    /// Take the power away and give it back.
+    VmRestart: POST "/v1/vms/{vm}/restart", Json, VmStart, path VmPath, query ChangeQuery, body (), reply OperationRef;
+    /// Hold the guest.
+    VmPause: POST "/v1/vms/{vm}/pause", Json, VmStop, path VmPath, query ChangeQuery, body (), reply OperationRef;
+    /// Let a held guest go on.
+    VmResume: POST "/v1/vms/{vm}/resume", Json, VmStart, path VmPath, query ChangeQuery, body (), reply OperationRef;
+    /// Move a VM to another host while it runs.
+    VmMigrate: POST "/v1/vms/{vm}/migrate", Json, VmMigrate, path VmPath, query ChangeQuery, body MigrateVm, reply OperationRef;
+    /// The serial console, as a websocket of binary messages; the last of what it showed comes first.
+    VmConsole: GET "/v1/vms/{vm}/console", WebSocket, VmConsole, path VmPath, query Nothing, body (), reply ();
+
+    /// The snapshots of a VM, oldest first.
+    SnapshotList: GET "/v1/vms/{vm}/snapshots", Json, SnapshotView, path VmPath, query PageQuery, body (), reply Page<Snapshot>;
+    /// Take a snapshot of disk, memory and devices.
+    SnapshotCreate: POST "/v1/vms/{vm}/snapshots", Json, SnapshotCreate, path VmPath, query ChangeQuery, body CreateSnapshot, reply OperationRef;
+    /// A snapshot.
+    SnapshotShow: GET "/v1/vms/{vm}/snapshots/{snapshot}", Json, SnapshotView, path SnapshotPath, query Nothing, body (), reply Snapshot;
+    /// Delete a snapshot; the others stay.
+    SnapshotDelete: DELETE "/v1/vms/{vm}/snapshots/{snapshot}", Json, SnapshotDelete, path SnapshotPath, query ChangeQuery, body (), reply OperationRef;
+    /// Make this snapshot the VM's baseline, and hold it against deletion.
+    SnapshotPin: POST "/v1/vms/{vm}/snapshots/{snapshot}/pin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
+    /// Hold this snapshot no longer; the baseline can't be let go.
+    SnapshotUnpin: POST "/v1/vms/{vm}/snapshots/{snapshot}/unpin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
+    /// Put a VM back to a snapshot, running as it was then.
+    VmRestore: POST "/v1/vms/{vm}/restore", Json, SnapshotRestore, path VmPath, query ChangeQuery, body RestoreVm, reply OperationRef;
+
+    /// The operations, newest first.
+    OperationList: GET "/v1/operations", Json, OperationView, path Nothing, query OperationListQuery, body (), reply Page<Operation>;
+    /// An operation.
+    OperationShow: GET "/v1/operations/{operation}", Json, OperationView, path OperationPath, query Nothing, body (), reply Operation;
+    /// Wait until an operation is over, or the time is; answers how it stands then.
+    OperationWait: GET "/v1/operations/{operation}/wait", Json, OperationView, path OperationPath, query WaitQuery, body (), reply Operation;
+    /// An operation each time something of it changes, until it is over.
+    OperationEvents: GET "/v1/operations/{operation}/events", Events, OperationView, path OperationPath, query Nothing, body (), reply Operation;
+    /// Ask an operation to stop and to undo what it did.
+    OperationCancel: POST "/v1/operations/{operation}/cancel", Json, OperationCancel, path OperationPath, query Nothing, body (), reply Operation;
+
+    /// The audit, newest first.
+    AuditList: GET "/v1/audit", Json, AuditView, path Nothing, query PageQuery, body (), reply Page<AuditRecord>;
+
+    /// The users.
+    UserList: GET "/v1/users", Json, UserView, path Nothing, query PageQuery, body (), reply Page<User>;
+    /// Make a user.
+    UserCreate: POST "/v1/users", Json, UserManage, path Nothing, query Nothing, body CreateUser, reply User;
+    /// Delete a user with all tokens.
+    UserDelete: DELETE "/v1/users/{user}", Json, UserManage, path UserPath, query Nothing, body (), reply ();
+    /// The tokens, without their secrets.
+    TokenList: GET "/v1/tokens", Json, UserView, path Nothing, query PageQuery, body (), reply Page<Token>;
+    /// Make a token; its secret is shown once.
+    TokenCreate: POST "/v1/tokens", Json, UserManage, path Nothing, query Nothing, body CreateToken, reply NewToken;
+    /// Revoke a token.
+    TokenDelete: DELETE "/v1/tokens/{token}", Json, UserManage, path TokenPath, query Nothing, body (), reply ();
+}

@@ -1,0 +1,84 @@
+//! Snapshots: a VM at one instant, kept.
+//!
+//! Snapshots of a VM form a tree: a snapshot's parent is what the VM was last at, by taking or by restoring, when it
+//! was taken. The VM itself is the `NOW` under one of them. Restoring moves `NOW` and keeps everything else.
+
+use serde::{Deserialize, Serialize};
+
+use crate::name::Name;
+use crate::{LayerId, SnapshotId, Timestamp, VmId};
+
+/// Why a snapshot exists, which says who may delete it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotKind {
+    /// Taken by itself when the guest was first ready.
+    Baseline,
+    /// Asked for by somebody.
+    Manual,
+    /// Taken before a restore, so that it can be undone; expires by itself.
+    Undo,
+}
+
+/// How long an undo snapshot is kept, in milliseconds (24 h). Too short: a wrong restore noticed the next morning is
+/// final. Too long: each restore costs the disk a memory image for longer.
+pub const UNDO_KEPT_MS: u64 = 24 * 3600 * 1000;
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The VM it is of.
+    pub vm: VmId,
+    /// Its name, unique among the VM's snapshots.
+    pub name: Name,
+    /// Why it exists.
+    pub kind: SnapshotKind,
+    /// The snapshot that the VM was at before; none for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<SnapshotId>,
+    /// Held against deletion.
+    pub pinned: bool,
+    /// A word from whoever took it.
+    #[serde(default)]
+    pub note: String,
+    /// What was captured, as the agent reported it.
+    pub facts: SnapshotFacts,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When it is deleted by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Timestamp>,
+}
+
+/// What a capture measured and made.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SnapshotFacts {
+    /// Whether memory and device state were captured (the guest was running or paused).
+    pub has_memory: bool,
+    /// The frozen layers from the one just above the image to the newest.
+    pub layers: Vec<LayerId>,
+    /// How long the guest did not run, from QEMU's STOP to its RESUME event, in microseconds.
+    pub paused_us: u64,
+    /// How long the capture took in all, in milliseconds.
+    pub total_ms: u64,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// What the memory image occupies on disk, in bytes: zero pages cost nothing.
+    pub memory_stored_bytes: u64,
+    /// What the newest frozen layer occupies, in bytes.
+    pub disk_stored_bytes: u64,
+    /// Passes over memory that were needed.
+    pub rounds: u64,
+}
+
+/// What a restore measured.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RestoreFacts {
+    /// From the agent's receipt of the command to QEMU saying that the guest runs, in microseconds, undo snapshot
+    /// not counted.
+    pub running_us: u64,
+    /// What the undo snapshot took before that, in microseconds; 0 if none was taken.
+    pub undo_us: u64,
+}
