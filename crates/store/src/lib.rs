@@ -38,9 +38,7 @@ mod equivalence;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::Error;
-pub use limits::{
-    KEY_BYTES_MAX, LEASE_TTL_MAX, OPERATIONS_MAX, TRANSACTION_BYTES_MAX, VALUE_BYTES_MAX,
-};
+pub use limits::{KEY_BYTES_MAX, LEASE_TTL_MAX, OPERATIONS_MAX, TRANSACTION_BYTES_MAX, VALUE_BYTES_MAX};
 pub use memory::MemoryStore;
 pub use records::{Records, Versioned};
 pub use sqlite::SqliteStore;

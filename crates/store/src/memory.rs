@@ -45,8 +45,8 @@ impl MemoryStore {
     }
 
     /// All verbs are quick and never wait, so they run where they are called.
-    fn now<'a, T: Send + 'a>(&self, verb: impl FnOnce(&mut State) -> Result<T, Error>) -> Pending<'a, T> {
-        Box::pin(std::future::ready(verb(&mut self.shared.lock())))
+    fn now<'a, T>(&'a self, verb: impl FnOnce(&mut State) -> Result<T, Error> + Send + 'a) -> Pending<'a, T> {
+        Box::pin(async move { verb(&mut self.shared.lock()) })
     }
 }
 
@@ -56,15 +56,15 @@ impl Store for MemoryStore {
     }
 
     fn get<'a>(&'a self, key: &'a str) -> Pending<'a, Option<Entry>> {
-        self.now(|state| check_key(key).map(|()| state.current(key).cloned()))
+        self.now(move |state| check_key(key).map(|()| state.current(key).cloned()))
     }
 
     fn list(&self, query: Query) -> Pending<'_, Page> {
-        self.now(|state| state.list(&query))
+        self.now(move |state| state.list(&query))
     }
 
     fn transact(&self, conditions: Vec<Condition>, operations: Vec<Operation>) -> Pending<'_, Revision> {
-        self.now(|state| state.transact(&conditions, &operations))
+        self.now(move |state| state.transact(&conditions, &operations))
     }
 
     fn watch(&self, prefix: &str, from_revision: Revision) -> Watch {
@@ -73,21 +73,19 @@ impl Store for MemoryStore {
     }
 
     fn grant_lease(&self, ttl: Duration) -> Pending<'_, Lease> {
-        let now = self.shared.clock.now();
-        self.now(|state| state.grant(ttl, now))
+        self.now(move |state| state.grant(ttl, self.shared.clock.now()))
     }
 
     fn keep_lease_alive(&self, id: LeaseId) -> Pending<'_, Lease> {
-        let now = self.shared.clock.now();
-        self.now(|state| {
+        self.now(move |state| {
             let lease = state.leases.get(id).ok_or(Error::LeaseNotFound { id })?;
-            state.leases.start(lease, now);
+            state.leases.start(lease, self.shared.clock.now());
             Ok(lease)
         })
     }
 
     fn revoke_lease(&self, id: LeaseId) -> Pending<'_, ()> {
-        self.now(|state| {
+        self.now(move |state| {
             state.leases.get(id).ok_or(Error::LeaseNotFound { id })?;
             state.end_lease(id);
             Ok(())
@@ -95,7 +93,7 @@ impl Store for MemoryStore {
     }
 
     fn compact(&self, revision: Revision) -> Pending<'_, ()> {
-        self.now(|state| state.compact(revision))
+        self.now(move |state| state.compact(revision))
     }
 }
 
@@ -271,4 +269,18 @@ impl State {
 /// What a key was at a revision.
 fn at(versions: &[(Revision, Option<Entry>)], revision: Revision) -> Option<&Entry> {
     versions.iter().rev().find(|(since, _)| *since <= revision)?.1.as_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::Subject;
+    use crate::{ManualClock, store_contract};
+
+    async fn subject() -> Subject {
+        let clock = ManualClock::new();
+        Subject::new(Arc::new(MemoryStore::new(Arc::new(clock.clone()))), clock, ())
+    }
+
+    store_contract!(subject());
 }

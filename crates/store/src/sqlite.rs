@@ -29,9 +29,7 @@ use crate::clock::Clock;
 use crate::error::Error;
 use crate::lease::{Leases, spawn_expiry};
 use crate::limits::{check_key, check_query, check_readable, check_transaction, check_ttl, check_watchable};
-use crate::store::{
-    Condition, Entry, Lease, LeaseId, Operation, Page, Pending, Query, Revision, Store,
-};
+use crate::store::{Condition, Entry, Lease, LeaseId, Operation, Page, Pending, Query, Revision, Store};
 use crate::watch::{History, Replay, Watch, follow};
 use fault::fault;
 use file::Opened;
@@ -297,14 +295,26 @@ fn serve_reads(connection: Connection, mut queue: mpsc::Receiver<Read>) {
     }
 }
 
-fn spawn(
-    name: &str,
-    path: &Path,
-    work: impl FnOnce() + Send + 'static,
-) -> Result<JoinHandle<()>, Error> {
+fn spawn(name: &str, path: &Path, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
     std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|error| Error::Io {
         doing: "start a thread for",
         path: path.to_owned(),
         source: Box::new(error),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::Subject;
+    use crate::{ManualClock, store_contract};
+
+    async fn subject() -> Subject {
+        let directory = tempfile::tempdir().unwrap();
+        let clock = ManualClock::new();
+        let store = SqliteStore::open(directory.path().join("store"), Arc::new(clock.clone())).await.unwrap();
+        Subject::new(Arc::new(store), clock, directory)
+    }
+
+    store_contract!(subject());
 }

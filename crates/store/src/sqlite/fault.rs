@@ -25,7 +25,9 @@ pub(super) fn fault(path: &Path, doing: &'static str, error: Sql) -> Error {
             _ => Error::Io { doing, path: owned, source: Box::new(error) },
         },
         // A statement of ours found a row that no statement of ours writes.
-        Sql::FromSqlConversionFailure(_, _, cause) => Error::Corrupt { path: owned, detail: cause.to_string() },
+        Sql::FromSqlConversionFailure(_, _, cause) => {
+            Error::Corrupt { path: owned, detail: cause.to_string() }
+        }
         Sql::IntegralValueOutOfRange(..)
         | Sql::InvalidColumnType(..)
         | Sql::Utf8Error(..)

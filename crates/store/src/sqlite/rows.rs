@@ -52,7 +52,9 @@ pub(super) fn head(connection: &Connection) -> Result<Head, Sql> {
 
 pub(super) fn write_head(connection: &Connection, head: Head) -> Result<(), Sql> {
     connection
-        .prepare_cached("UPDATE meta SET revision = ?1, compacted = ?2, last_lease = ?3, seal = ?4 WHERE only = 1")?
+        .prepare_cached(
+            "UPDATE meta SET revision = ?1, compacted = ?2, last_lease = ?3, seal = ?4 WHERE only = 1",
+        )?
         .execute(params![head.revision, head.compacted, LeaseId(head.last_lease), head.seal()])?;
     Ok(())
 }
@@ -143,9 +145,8 @@ pub(super) fn write_change(connection: &Connection, revision: Revision, change: 
 }
 
 fn write_put(connection: &Connection, into: &str, columns: &str, entry: &Entry) -> Result<(), Sql> {
-    connection
-        .prepare_cached(&format!("{into} ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"))?
-        .execute(params![
+    connection.prepare_cached(&format!("{into} ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"))?.execute(
+        params![
             entry.key,
             &entry.value[..],
             entry.create_revision,
@@ -153,7 +154,8 @@ fn write_put(connection: &Connection, into: &str, columns: &str, entry: &Entry) 
             Revision(entry.version),
             entry.lease,
             seal_entry(entry)
-        ])?;
+        ],
+    )?;
     Ok(())
 }
 

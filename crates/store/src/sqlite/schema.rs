@@ -103,7 +103,8 @@ fn fresh(migrations: &[&str]) -> Result<Vec<(String, String)>, rusqlite::Error> 
 
 fn describe(connection: &Connection) -> Result<Vec<(String, String)>, rusqlite::Error> {
     // Names that begin so are SQLite's own, such as the statistics an administrator may have had gathered.
-    let sql = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name";
+    let sql =
+        "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name";
     connection.prepare(sql)?.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
 }
 
@@ -111,8 +112,11 @@ fn describe(connection: &Connection) -> Result<Vec<(String, String)>, rusqlite::
 mod tests {
     use super::*;
 
-    const STEPS: &[&str] =
-        &["CREATE TABLE one (a INTEGER)", "ALTER TABLE one ADD COLUMN b TEXT", "CREATE TABLE three (c INTEGER)"];
+    const STEPS: &[&str] = &[
+        "CREATE TABLE one (a INTEGER)",
+        "ALTER TABLE one ADD COLUMN b TEXT",
+        "CREATE TABLE three (c INTEGER)",
+    ];
 
     #[test]
     fn migrations_run_in_order_from_whatever_version_is_there() {

@@ -42,15 +42,7 @@ impl<'a> Transaction<'a> {
     /// Goes on from what is in the tables now.
     pub fn begin(connection: &'a Connection, path: &'a Path, now: Duration) -> Result<Self, Error> {
         let head = rows::head(connection).map_err(|error| fault(path, "read", error))?;
-        Ok(Self {
-            connection,
-            path,
-            now,
-            written: head,
-            head,
-            commits: Vec::new(),
-            timings: Vec::new(),
-        })
+        Ok(Self { connection, path, now, written: head, head, commits: Vec::new(), timings: Vec::new() })
     }
 
     /// Writes what is written once for all verbs of the transaction.
@@ -70,7 +62,11 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    pub fn transact(&mut self, conditions: &[Condition], operations: &[Operation]) -> Result<Revision, Error> {
+    pub fn transact(
+        &mut self,
+        conditions: &[Condition],
+        operations: &[Operation],
+    ) -> Result<Revision, Error> {
         for Condition { key, mod_revision: expected } in conditions {
             let found = self.get(key)?.map_or(Revision::ABSENT, |entry| entry.mod_revision);
             if found != *expected {

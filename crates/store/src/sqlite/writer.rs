@@ -182,6 +182,8 @@ impl Writer {
             }
             return Err(error);
         }
+        // Not from when it was asked for: a lease must last its time from the answer on.
+        let now = self.clock.now();
         for timing in timings {
             match timing {
                 Timing::Start(lease) => self.leases.start(lease, now),
