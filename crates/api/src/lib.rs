@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod agent;
 pub mod manager;
 
+pub mod join;
 pub mod pki;
 pub mod tls;
 
