@@ -18,6 +18,9 @@ use crate::pattern::mix;
 /// How long a request waits before it is sent again.
 const RETRY: Duration = Duration::from_millis(200);
 
+/// How long a guest that was told to panic has to be silent to be believed.
+const DEAD_SILENCE: Duration = Duration::from_millis(600);
+
 /// How long the quick requests may take.
 const QUICK: Duration = Duration::from_secs(5);
 
@@ -261,12 +264,22 @@ impl ProbeClient {
         self.ask("break", "data", QUICK).map(drop)
     }
 
-    /// Panics the guest's kernel; the probe says so and then no more.
+    /// Panics the guest's kernel, and comes back when the guest has fallen silent.
     ///
     /// # Errors
-    /// When the guest does not answer.
+    /// When the guest does not answer at first, or still answers five seconds later.
     pub fn break_panic(&self) -> Result<(), ProbeError> {
-        self.ask("break", "panic", QUICK).map(drop)
+        self.ask("break", "panic", QUICK)?;
+        let begun = Instant::now();
+        while begun.elapsed() < QUICK {
+            match self.tick_within(DEAD_SILENCE) {
+                Err(ProbeError::Silent { .. }) => return Ok(()),
+                Err(other) => return Err(other),
+                Ok(_) => {}
+            }
+        }
+        let message = "the guest still answers".to_owned();
+        Err(ProbeError::Refused { code: "not_broken".to_owned(), message })
     }
 }
 
