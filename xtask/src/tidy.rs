@@ -31,7 +31,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("berth-cli", &["berth-api", "berth-model", "berth-manager", "berth-agent"]),
     (
         "berth-sim",
-        &["berth-qmp", "berth-stream", "berth-model", "berth-api", "berth-store", "berth-agent", "berth-manager"],
+        &[
+            "berth-qmp",
+            "berth-stream",
+            "berth-model",
+            "berth-api",
+            "berth-store",
+            "berth-agent",
+            "berth-manager",
+        ],
     ),
     ("berth-e2e", &["guest-probe"]),
     ("guest-probe", &[]),
@@ -44,7 +52,10 @@ const OUTSIDERS: &[(&str, &[&str])] = &[
     ("rusqlite", &["berth-store"]),
     ("cedar-policy", &["berth-manager"]),
     ("axum", &["berth-agent", "berth-manager", "berth-sim"]),
-    ("tokio", &["berth-qmp", "berth-api", "berth-store", "berth-agent", "berth-manager", "berth-cli", "berth-sim"]),
+    (
+        "tokio",
+        &["berth-qmp", "berth-api", "berth-store", "berth-agent", "berth-manager", "berth-cli", "berth-sim"],
+    ),
 ];
 
 /// Checks the whole repository, and says everything that is wrong with it.
@@ -66,7 +77,9 @@ pub fn run() -> Result<()> {
     }
     for (index, (name, _)) in LONG.iter().enumerate() {
         if !used[index] {
-            faults.push(format!("xtask/src/tidy.rs: the exception for {name} is no longer needed: take it out"));
+            faults.push(format!(
+                "xtask/src/tidy.rs: the exception for {name} is no longer needed: take it out"
+            ));
         }
     }
     check_arrows(&mut faults)?;
@@ -96,7 +109,9 @@ fn check_rust(path: &str, text: &str, used: &mut [bool], faults: &mut Vec<String
     let lines: Vec<&str> = text.lines().collect();
     let own = lines.iter().position(|line| *line == "#[cfg(test)]").unwrap_or(lines.len());
     if own > FILE_LINES_MAX && !is_test && !excepted(path, used) {
-        faults.push(format!("{path}: {own} lines without tests, at most {FILE_LINES_MAX}: split it by what it holds"));
+        faults.push(format!(
+            "{path}: {own} lines without tests, at most {FILE_LINES_MAX}: split it by what it holds"
+        ));
     }
     for (name, line, length) in functions(&lines) {
         if length > FUNCTION_LINES_MAX && !excepted(&format!("{path}::{name}"), used) {
@@ -128,7 +143,9 @@ fn functions<'a>(lines: &[&'a str]) -> Vec<(&'a str, usize, usize)> {
         let indent = line.len() - body.len();
         let Some(name) = function_name(body) else { continue };
         let close = format!("{}}}", " ".repeat(indent));
-        let end = lines[start..].iter().position(|line| *line == close || line.trim_end().ends_with(';') && line.len() - line.trim_start().len() == indent);
+        let end = lines[start..].iter().position(|line| {
+            *line == close || line.trim_end().ends_with(';') && line.len() - line.trim_start().len() == indent
+        });
         if let Some(length) = end {
             found.push((name, start + 1, length + 1));
         }
@@ -207,7 +224,8 @@ mod tests {
 
     #[test]
     fn a_function_is_measured_from_its_name_to_its_brace() {
-        let text = "impl A {\n    pub async fn b(\n        x: u8,\n    ) {\n        y();\n    }\n}\nfn c() {}\n";
+        let text =
+            "impl A {\n    pub async fn b(\n        x: u8,\n    ) {\n        y();\n    }\n}\nfn c() {}\n";
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(functions(&lines).first(), Some(&("b", 2, 5)));
     }

@@ -168,4 +168,14 @@ mod tests {
         let problem = Problem::field("memory_mib", 0, "at least 64");
         assert_eq!(problem.message, "memory_mib is '0': expected at least 64");
     }
+
+    #[test]
+    fn the_reference_has_a_true_line_for_every_code() {
+        let reference = include_str!("../../../docs/errors.md");
+        for &code in ProblemCode::ALL {
+            let (name, status, exit) = (code.as_str(), code.http_status(), code.exit_code());
+            let line = format!("| `{name}` | {status} | {exit} | {} |", code.meaning().trim());
+            assert!(reference.contains(&line), "docs/errors.md lacks: {line}");
+        }
+    }
 }
