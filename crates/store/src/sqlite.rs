@@ -51,8 +51,12 @@ pub struct SqliteStore {
     reads: Reads,
     recent: Arc<Recent>,
     head: watch::Receiver<Revision>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    reader: Thread,
+    writer: Thread,
 }
+
+/// Taken by whoever waits for its end.
+type Thread = Mutex<Option<JoinHandle<()>>>;
 
 impl SqliteStore {
     /// Opens the store at `path`, creating it (mode 0600) if nothing is there; the directory must exist.
@@ -103,32 +107,21 @@ impl SqliteStore {
             broken: false,
             lock,
         };
-        let threads = vec![
-            spawn("store-read", path, move || serve_reads(reader, read_queue))?,
-            spawn("store-write", path, move || writer.run(write_queue))?,
-        ];
+        let reader = spawn("store-read", path, move || serve_reads(reader, read_queue))?;
+        let writer = spawn("store-write", path, move || writer.run(write_queue))?;
         let reads = Reads { queue: reads, path: path.into() };
-        let threads = Mutex::new(threads);
-        Ok((Self { writes, reads, recent, head: head_seen, threads }, clock, deadlines))
+        Ok((Self { writes, reads, recent, head: head_seen, reader, writer }, clock, deadlines))
     }
 
     /// Finishes what was handed in, closes the file, and returns when it is free for others. Verbs called from then
     /// on get [`Error::Closed`], and so do watchers.
     pub async fn close(&self) {
-        // A queue that is closed already has nobody behind it who would have to be stopped.
+        // One after the other: the connection that is closed last writes the log back into the file. That a queue is
+        // closed already only means that nobody behind it has to be stopped.
         let _ = self.reads.queue.send(Box::new(|_| ControlFlow::Break(()))).await;
+        join(&self.reader).await;
         let _ = self.writes.send(Box::new(Stop)).await;
-        let threads = std::mem::take(&mut *self.threads.lock().expect("nothing panics while it is held"));
-        let joined = tokio::task::spawn_blocking(move || {
-            for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("a thread of the store panicked");
-                }
-            }
-        });
-        if joined.await.is_err() {
-            tracing::error!("the runtime ended while the store was being closed");
-        }
+        join(&self.writer).await;
     }
 
     /// A verb that changes something.
@@ -295,12 +288,20 @@ fn serve_reads(connection: Connection, mut queue: mpsc::Receiver<Read>) {
     }
 }
 
-fn spawn(name: &str, path: &Path, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
-    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|error| Error::Io {
-        doing: "start a thread for",
-        path: path.to_owned(),
-        source: Box::new(error),
-    })
+fn spawn(name: &str, path: &Path, work: impl FnOnce() + Send + 'static) -> Result<Thread, Error> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|error| {
+        Error::Io { doing: "start a thread for", path: path.to_owned(), source: Box::new(error) }
+    })?;
+    Ok(Mutex::new(Some(thread)))
+}
+
+async fn join(thread: &Thread) {
+    let taken = thread.lock().expect("nothing panics while it is held").take();
+    if let Some(thread) = taken
+        && !matches!(tokio::task::spawn_blocking(|| thread.join()).await, Ok(Ok(())))
+    {
+        tracing::error!("a thread of the store panicked");
+    }
 }
 
 #[cfg(test)]

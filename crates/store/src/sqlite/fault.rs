@@ -19,6 +19,9 @@ pub(super) fn fault(path: &Path, doing: &'static str, error: Sql) -> Error {
             ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => {
                 Error::Corrupt { path: owned, detail: error.to_string() }
             }
+            _ if cause.extended_code == ffi::SQLITE_IOERR_SHORT_READ => {
+                Error::Corrupt { path: owned, detail: "it was cut short".to_owned() }
+            }
             _ if cause.extended_code == ffi::SQLITE_IOERR_WRITE && !can_grow(path) => {
                 Error::NoSpace { path: owned }
             }
@@ -34,6 +37,15 @@ pub(super) fn fault(path: &Path, doing: &'static str, error: Sql) -> Error {
         | Sql::QueryReturnedNoRows => Error::Corrupt { path: owned, detail: error.to_string() },
         _ => Error::Io { doing, path: owned, source: Box::new(error) },
     }
+}
+
+/// The same for statements that can't be wrong themselves, such as asking for the schema's version: when SQLite calls
+/// them an error in general, it means the file.
+pub(super) fn damage(path: &Path, doing: &'static str, error: Sql) -> Error {
+    if error.sqlite_error().is_some_and(|cause| cause.extended_code == ffi::SQLITE_ERROR) {
+        return Error::Corrupt { path: path.to_owned(), detail: error.to_string() };
+    }
+    fault(path, doing, error)
 }
 
 /// SQLite calls a disk full only when the system says ENOSPC, and keeps the errno to itself. A quota or a file size

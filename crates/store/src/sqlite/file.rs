@@ -13,7 +13,7 @@ use rusqlite::{Connection, OpenFlags};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::fault::fault;
+use super::fault::{damage, fault};
 use super::{rows, schema};
 use crate::error::Error;
 
@@ -43,7 +43,7 @@ pub(super) fn open(path: &Path) -> Result<Opened, Error> {
     let mut writer = connect(path)?;
     check_header(&writer, path)?;
     check_pages(&writer, path)?;
-    configure(&writer).map_err(|error| fault(path, "configure", error))?;
+    configure(&writer).map_err(|error| damage(path, "configure", error))?;
     schema::migrate(&mut writer, path, schema::MIGRATIONS)?;
     schema::check(&writer, path, schema::MIGRATIONS)?;
     rows::check_all(&writer, path)?;
@@ -153,7 +153,7 @@ fn connect(path: &Path) -> Result<Connection, Error> {
 fn check_header(connection: &Connection, path: &Path) -> Result<(), Error> {
     let id: i64 = connection
         .pragma_query_value(None, "application_id", |row| row.get(0))
-        .map_err(|error| fault(path, "read", error))?;
+        .map_err(|error| damage(path, "read", error))?;
     if id != schema::APPLICATION_ID {
         let detail = format!("it is not a store's file (application id {id:#x})");
         return Err(Error::Corrupt { path: path.to_owned(), detail });
@@ -172,7 +172,7 @@ fn check_header(connection: &Connection, path: &Path) -> Result<(), Error> {
 fn check_pages(connection: &Connection, path: &Path) -> Result<(), Error> {
     let verdict: String = connection
         .pragma_query_value(None, "integrity_check", |row| row.get(0))
-        .map_err(|error| fault(path, "check", error))?;
+        .map_err(|error| damage(path, "check", error))?;
     if verdict != "ok" {
         return Err(Error::Corrupt { path: path.to_owned(), detail: verdict });
     }

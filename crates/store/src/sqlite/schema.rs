@@ -8,7 +8,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use super::fault::fault;
+use super::fault::{damage, fault};
 use crate::error::Error;
 
 /// Says "a Berth store" in the file's header: the letters BRTH.
@@ -79,13 +79,13 @@ fn apply(connection: &mut Connection, version: usize, sql: &str) -> Result<(), r
 pub(super) fn version(connection: &Connection, path: &Path) -> Result<i64, Error> {
     connection
         .pragma_query_value(None, "user_version", |row| row.get(0))
-        .map_err(|error| fault(path, "read", error))
+        .map_err(|error| damage(path, "read", error))
 }
 
 /// Refuses tables that are not what the migrations make: nothing below could be relied on.
 pub(super) fn check(connection: &Connection, path: &Path, migrations: &[&str]) -> Result<(), Error> {
     let expected = fresh(migrations).map_err(|error| fault(path, "build the schema to compare", error))?;
-    let found = describe(connection).map_err(|error| fault(path, "read the schema of", error))?;
+    let found = describe(connection).map_err(|error| damage(path, "read the schema of", error))?;
     if found != expected {
         let detail = "its tables are not those that this program makes".to_owned();
         return Err(Error::Corrupt { path: path.to_owned(), detail });
