@@ -465,10 +465,13 @@ pub struct AuditRecord {
     pub reason: String,
     /// When it came.
     pub started_at: Timestamp,
-    /// When it was answered; none: the manager died in between.
+    /// When it was answered; none: not yet, or the manager died in between.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Timestamp>,
-    /// The HTTP status.
+    /// The manager died before it was answered: what was begun, an operation says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub interrupted: bool,
+    /// The HTTP status; 499 when the caller hung up before the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
     /// The operation that it began.
