@@ -20,6 +20,9 @@ use crate::error::Error;
 /// For others than us who may look at the file while it is in use, with the sqlite3 shell say.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// More than there are different statements, so that each is compiled once.
+const STATEMENTS_KEPT: usize = 32;
+
 /// What stays of the log file after a checkpoint. Smaller, and a burst allocates anew; larger only costs disk.
 const LOG_BYTES_KEPT: i64 = 16 << 20;
 
@@ -145,7 +148,10 @@ fn restrict(path: &Path) -> Result<(), Error> {
 fn connect(path: &Path) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     Connection::open_with_flags(path, flags)
-        .and_then(|connection| connection.busy_timeout(BUSY_TIMEOUT).map(|()| connection))
+        .and_then(|connection| {
+            connection.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
+            connection.busy_timeout(BUSY_TIMEOUT).map(|()| connection)
+        })
         .map_err(|error| fault(path, "open", error))
 }
 

@@ -15,6 +15,12 @@ use crate::store::{Change, Commit, Entry, Lease, LeaseId, Query, Revision};
 const ENTRY: &str = "key, value, create_revision, mod_revision, version, lease, seal";
 const CHANGE: &str = "key, value, create_revision, revision, version, lease, seal";
 
+const VALUES: &str = "VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+
+/// What becomes of an entry that is there already.
+const REPLACE: &str = "ON CONFLICT (key) DO UPDATE SET value = ?2, create_revision = ?3, mod_revision = ?4,
+    version = ?5, lease = ?6, seal = ?7";
+
 /// The store's one row of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Head {
@@ -83,12 +89,13 @@ pub(super) fn list_at(
     revision: Revision,
     rows_max: i64,
 ) -> Result<Vec<Entry>, Sql> {
+    // No grouping: it would have to go through everything and sort it before the first row comes out.
     let sql = format!(
-        "SELECT {CHANGE} FROM (
-             SELECT key AS latest_key, max(revision) AS latest FROM change
-             WHERE key >= ?1 AND key < ?2 AND revision <= ?4 GROUP BY key
-         ) CROSS JOIN change ON change.revision = latest AND change.key = latest_key
-         WHERE value IS NOT NULL ORDER BY latest_key LIMIT ?3"
+        "SELECT {CHANGE} FROM change
+         WHERE key >= ?1 AND key < ?2 AND revision <= ?4 AND value IS NOT NULL AND NOT EXISTS (
+             SELECT 1 FROM change AS newer
+             WHERE newer.key = change.key AND newer.revision > change.revision AND newer.revision <= ?4)
+         ORDER BY key LIMIT ?3"
     );
     connection
         .prepare_cached(&sql)?
@@ -105,7 +112,7 @@ pub(super) fn commits(
     changes_max: usize,
 ) -> Result<(Vec<Commit>, Option<Revision>), Sql> {
     let mut statement = connection.prepare_cached(&format!(
-        "SELECT {CHANGE} FROM change WHERE revision >= ?1 AND key >= ?2 AND key < ?3 ORDER BY revision, key"
+        "SELECT {CHANGE} FROM change WHERE revision >= ?1 AND key >= ?2 AND key < ?3 ORDER BY revision, id"
     ))?;
     let mut rows = statement.query(params![from, prefix, End(prefix)])?;
     let mut commits: Vec<Commit> = Vec::new();
@@ -129,8 +136,8 @@ pub(super) fn commits(
 pub(super) fn write_change(connection: &Connection, revision: Revision, change: &Change) -> Result<(), Sql> {
     match change {
         Change::Put(entry) => {
-            write_put(connection, "INSERT OR REPLACE INTO entry", ENTRY, entry)?;
-            write_put(connection, "INSERT INTO change", CHANGE, entry)
+            write_put(connection, &format!("INSERT INTO entry ({ENTRY}) {VALUES} {REPLACE}"), entry)?;
+            write_put(connection, &format!("INSERT INTO change ({CHANGE}) {VALUES}"), entry)
         }
         Change::Delete { key } => {
             connection.prepare_cached("DELETE FROM entry WHERE key = ?1")?.execute([key])?;
@@ -144,18 +151,16 @@ pub(super) fn write_change(connection: &Connection, revision: Revision, change: 
     }
 }
 
-fn write_put(connection: &Connection, into: &str, columns: &str, entry: &Entry) -> Result<(), Sql> {
-    connection.prepare_cached(&format!("{into} ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"))?.execute(
-        params![
-            entry.key,
-            &entry.value[..],
-            entry.create_revision,
-            entry.mod_revision,
-            Revision(entry.version),
-            entry.lease,
-            seal_entry(entry)
-        ],
-    )?;
+fn write_put(connection: &Connection, sql: &str, entry: &Entry) -> Result<(), Sql> {
+    connection.prepare_cached(sql)?.execute(params![
+        entry.key,
+        &entry.value[..],
+        entry.create_revision,
+        entry.mod_revision,
+        Revision(entry.version),
+        entry.lease,
+        seal_entry(entry)
+    ])?;
     Ok(())
 }
 
