@@ -1,0 +1,192 @@
+//! One cluster: what the manager's parts share.
+//!
+//! Nothing here is a singleton and nothing reaches for the system by itself: the store, the way to the agents, the
+//! clock and chance come in as [`Parts`], so that a test can run several managers over one store, or a hundred agents
+//! in one process. A cluster that is shut down (or killed) leaves nothing that the next one on the same store would
+//! need: whatever was under way is in the records.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use berth_api::pki::Authority;
+use berth_model::vm::Vm;
+use berth_model::{HostId, LayerId, OperationId, Problem, SnapshotId, VmId};
+use berth_store::Store;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::agents::{AgentConnector, Agents};
+use crate::clock::{Clock, Entropy};
+use crate::operations::Operations;
+use crate::operations::interfere::Interference;
+use crate::reconcile::Watchers;
+use crate::records::{Records, RecordsError};
+use crate::workflow::addresses::AddressRange;
+
+/// What a cluster is made of.
+pub struct Parts {
+    /// Where its records are.
+    pub store: Arc<dyn Store>,
+    /// How its agents are reached.
+    pub connector: Arc<dyn AgentConnector>,
+    /// Its time.
+    pub clock: Arc<dyn Clock>,
+    /// Its chance.
+    pub entropy: Arc<dyn Entropy>,
+    /// Its certificates.
+    pub authority: Arc<Authority>,
+    /// What is set by the person who runs it.
+    pub settings: Settings,
+}
+
+/// What is set by the person who runs a cluster.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// The addresses that VMs are given; none: they ask by DHCP.
+    pub addresses: Option<AddressRange>,
+}
+
+/// One cluster.
+pub struct Cluster {
+    /// Everything that is written down.
+    pub records: Records,
+    /// Every change that takes time.
+    pub operations: Operations,
+    /// The way to the hosts.
+    pub agents: Agents,
+    /// What is watched without being asked.
+    pub watchers: Watchers,
+    /// Its time.
+    pub clock: Arc<dyn Clock>,
+    /// Its chance.
+    pub entropy: Arc<dyn Entropy>,
+    /// Its certificates.
+    pub authority: Arc<Authority>,
+    /// What was set.
+    pub settings: Settings,
+    pub(crate) interference: Option<Arc<dyn Interference>>,
+    deciding: Mutex<()>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Cluster {
+    /// Reads the records. Nothing is begun before [`Self::start`].
+    ///
+    /// # Errors
+    /// When the store can't be read.
+    pub async fn open(parts: Parts) -> Result<Arc<Self>, RecordsError> {
+        Self::open_with(parts, None).await
+    }
+
+    /// The same with somebody who makes steps fail on purpose: for tests.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_with(
+        parts: Parts,
+        interference: Option<Arc<dyn Interference>>,
+    ) -> Result<Arc<Self>, RecordsError> {
+        let records = Records::open(Arc::clone(&parts.store)).await?;
+        Ok(Arc::new_cyclic(|this| Self {
+            records,
+            operations: Operations::new(this.clone()),
+            agents: Agents::new(Arc::clone(&parts.connector)),
+            watchers: Watchers::new(),
+            clock: parts.clock,
+            entropy: parts.entropy,
+            authority: parts.authority,
+            settings: parts.settings,
+            interference,
+            deciding: Mutex::new(()),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }))
+    }
+
+    /// Goes on with every operation that is not over, and begins to watch hosts and VMs.
+    ///
+    /// # Errors
+    /// When an operation's record can't be understood.
+    pub fn start(self: &Arc<Self>) -> Result<(), Problem> {
+        self.operations.resume()?;
+        crate::reconcile::start(self);
+        Ok(())
+    }
+
+    /// Drops everything that is under way, at once, and waits until it is dropped. The next cluster on the same
+    /// store goes on with it.
+    pub async fn shutdown(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.records.close();
+    }
+
+    /// Whether [`Self::shutdown`] was called.
+    pub fn is_stopping(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
+    /// Runs a task until it is done or the cluster is shut down.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// To be held while something is decided that depends on what is *not* there or on a sum (is the segment empty,
+    /// is there room on this host, is the address free) and until the decision is committed: compare-and-set guards
+    /// only what a transaction names.
+    pub async fn deciding(&self) -> MutexGuard<'_, ()> {
+        self.deciding.lock().await
+    }
+
+    /// A new id for an operation.
+    pub fn new_operation_id(&self) -> OperationId {
+        OperationId::from_entropy(self.entropy.id())
+    }
+
+    /// A new id for a layer.
+    pub fn new_layer_id(&self) -> LayerId {
+        LayerId::from_entropy(self.entropy.id())
+    }
+
+    /// A new id for a snapshot.
+    pub fn new_snapshot_id(&self) -> SnapshotId {
+        SnapshotId::from_entropy(self.entropy.id())
+    }
+
+    /// A new id for a VM.
+    pub fn new_vm_id(&self) -> VmId {
+        VmId::from_entropy(self.entropy.id())
+    }
+
+    /// What a host is called, for messages; its id when it is not known.
+    pub fn host_name(&self, host: &HostId) -> String {
+        self.records
+            .get::<berth_model::host::Host>(host.as_str())
+            .map_or_else(|| host.to_string(), |row| row.name.to_string())
+    }
+
+    /// Memory in MiB that is promised on a host: that of VMs that run there or may, and of those on their way to it.
+    pub fn promised_mib(&self, host: &HostId) -> u64 {
+        let here = self.records.list::<Vm>();
+        let coming = self.operations.targets();
+        here.iter()
+            .filter(|vm| {
+                let owned = vm.status.host.as_ref() == Some(host);
+                // A VM that is being changed may be about to run.
+                let counts = vm.status.state.may_run() || vm.status.operation.is_some();
+                (owned && counts) || coming.get(&vm.value.id) == Some(host)
+            })
+            .map(|vm| vm.spec.memory_mib.saturating_add(berth_model::placement::VM_OVERHEAD_MIB))
+            .fold(0, u64::saturating_add)
+    }
+}

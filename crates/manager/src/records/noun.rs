@@ -1,0 +1,94 @@
+//! What is recorded, and where.
+
+use berth_api::agent::PutTask;
+use berth_api::manager::Segment;
+use berth_model::host::Host;
+use berth_model::image::Image;
+use berth_model::name::Name;
+use berth_model::snapshot::Snapshot;
+use berth_model::vm::Vm;
+use berth_model::{HostId, ImageId, Timestamp};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::copy::Table;
+use crate::operations::OperationRow;
+
+/// Something that is recorded and kept in memory.
+pub trait Record: Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// Where its records are in the store; ends with a slash.
+    const PREFIX: &'static str;
+    /// What it is called in problems.
+    const NOUN: &'static str;
+    /// Its key without the prefix.
+    fn record_id(&self) -> String;
+}
+
+/// A table for each kind of record that is kept in memory.
+pub const TABLES: &[fn() -> Table] = &[
+    Table::of::<Host>,
+    Table::of::<Segment>,
+    Table::of::<Image>,
+    Table::of::<ImagePlace>,
+    Table::of::<Vm>,
+    Table::of::<Snapshot>,
+    Table::of::<OperationRow>,
+    Table::of::<Debt>,
+];
+
+macro_rules! records {
+    ($($type:ty: $prefix:literal, $noun:literal, $id:expr;)*) => {$(
+        impl Record for $type {
+            const PREFIX: &'static str = $prefix;
+            const NOUN: &'static str = $noun;
+            fn record_id(&self) -> String {
+                let id: fn(&Self) -> String = $id;
+                id(self)
+            }
+        }
+    )*};
+}
+
+records! {
+    Host: "/hosts/", "host", |host| host.id.to_string();
+    Segment: "/segments/", "segment", |segment| segment.id.to_string();
+    Image: "/images/", "image", |image| image.id.to_string();
+    ImagePlace: "/image-places/", "image place", |place| ImagePlace::id_of(&place.image, &place.pool_uuid);
+    Vm: "/vms/", "vm", |vm| vm.id.to_string();
+    Snapshot: "/snapshots/", "snapshot", |snapshot| format!("{}/{}", snapshot.vm, snapshot.id);
+    OperationRow: "/operations/", "operation", |row| row.operation.id.to_string();
+    Debt: "/debts/", "debt", |debt| format!("{}/{}", debt.host, debt.task);
+}
+
+/// That an image is whole in a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImagePlace {
+    /// The image.
+    pub image: ImageId,
+    /// The pool's identity: two hosts that see one directory see one place.
+    pub pool_uuid: String,
+    /// What the pool is called.
+    pub pool: Name,
+}
+
+impl ImagePlace {
+    /// The id of its record.
+    pub fn id_of(image: &ImageId, pool_uuid: &str) -> String {
+        format!("{image}/{pool_uuid}")
+    }
+}
+
+/// Something that has to be removed from a host that can't be reached now: done as soon as it can.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Debt {
+    /// The host.
+    pub host: HostId,
+    /// The task's id.
+    pub task: String,
+    /// What is to be done.
+    pub put: PutTask,
+    /// Why, in a sentence.
+    pub why: String,
+    /// Since when.
+    pub since: Timestamp,
+}

@@ -1,0 +1,2 @@
+//! Stub.
+super::stub! { RestoreSnapshot SnapshotRestore }

@@ -1,0 +1,2 @@
+//! Stub.
+super::stub! { CreateSnapshot SnapshotCreate DeleteSnapshot SnapshotDelete }
