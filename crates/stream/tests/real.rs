@@ -84,6 +84,26 @@ fn a_machine_that_was_saved_running_runs_at_once() {
     assert_eq!(target.run_state(), "running");
 }
 
+/// Its stream has no end of memory: the devices' state, taken first, simply follows.
+#[test]
+fn a_background_snapshot_splits_like_any_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = directory.path().join("image");
+    let mut source = Qemu::start(None, false);
+    source.wait_for_firmware();
+    let capability = json!({"capabilities": [{"capability": "background-snapshot", "state": true}]});
+    if let Err(error) = source.try_call("migrate-set-capabilities", capability) {
+        println!("not possible on this host: {error}");
+        return;
+    }
+    let (device, summary) = split(&source.migrate_away(), &image);
+    assert!(summary.pages > 0, "{summary:?}");
+    let mut target = Qemu::start(Some(&image), true);
+    target.load(&device);
+    target.wait_for_event("RESUME");
+    assert_eq!(target.run_state(), "running");
+}
+
 #[test]
 fn image_and_device_file_make_a_plain_stream_again() {
     let directory = tempfile::tempdir().expect("a directory");

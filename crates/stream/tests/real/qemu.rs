@@ -77,13 +77,18 @@ impl Qemu {
     }
 
     pub fn call(&mut self, command: &str, arguments: Value) -> Value {
+        self.try_call(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// The reply, or QEMU's error.
+    pub fn try_call(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let line = json!({"execute": command, "arguments": arguments}).to_string();
         self.commands.write_all(line.as_bytes()).expect("QEMU listens");
         loop {
             let message = self.message();
             match (message.get("return"), message.get("error")) {
-                (Some(value), _) => return value.clone(),
-                (_, Some(error)) => panic!("{command}: {error}"),
+                (Some(value), _) => return Ok(value.clone()),
+                (_, Some(error)) => return Err(error.clone()),
                 _ => self.events.push(message),
             }
         }
