@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use berth_model::{Problem, ProblemCode};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
@@ -279,14 +279,27 @@ impl Client {
     }
 
     async fn read(&self, response: Response<Body>) -> Result<Bytes, ClientError> {
-        let body = http_body_util::Limited::new(response.into_body(), ANSWER_BYTES_MAX);
-        let collected = body
-            .collect()
-            .await
-            .map_err(|source| TransportError::Broken { address: self.address().to_owned(), source })?;
-        Ok(collected.to_bytes())
+        let broken = |source| TransportError::Broken { address: self.address().to_owned(), source };
+        let mut body = response.into_body();
+        let mut bytes = BytesMut::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+            if bytes.len() + data.len() > ANSWER_BYTES_MAX {
+                return Err(
+                    broken(format!("the answer is larger than {ANSWER_BYTES_MAX} bytes").into()).into()
+                );
+            }
+            bytes.extend_from_slice(&data);
+        }
+        Ok(bytes.freeze())
     }
 }
+
+/// Why a body broke off. A type of its own, because the compiler can't show for a boxed error that is made into itself
+/// that the future around it may go to another thread.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+struct Broken(transport::BoxError);
 
 /// Puts the fields of `path` into the places of `template`.
 pub fn fill_path<P: Serialize>(template: &str, path: &P) -> String {
