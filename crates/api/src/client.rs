@@ -295,12 +295,6 @@ impl Client {
     }
 }
 
-/// Why a body broke off. A type of its own, because the compiler can't show for a boxed error that is made into itself
-/// that the future around it may go to another thread.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-struct Broken(transport::BoxError);
-
 /// Puts the fields of `path` into the places of `template`.
 pub fn fill_path<P: Serialize>(template: &str, path: &P) -> String {
     let fields = serde_json::to_value(path).expect("paths of the contract are plain data");
