@@ -53,11 +53,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         key.clone(),
         proptest::option::of(key.clone()),
         proptest::option::of(0..5usize),
-        proptest::option::of(0..12u64),
+        proptest::option::of(0..9u64),
     );
     let step = prop_oneof![
         12 => transact.prop_map(|(conditions, operations)| Step::Transact(conditions, operations)),
-        2 => (0..8u64).prop_map(Step::Compact),
+        3 => (0..8u64).prop_map(Step::Compact),
         2 => (1..5u64).prop_map(Step::Grant),
         2 => lease.clone().prop_map(Step::KeepAlive),
         1 => lease.prop_map(Step::Revoke),
@@ -71,7 +71,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_histories_give_the_same_answers_in_memory_and_in_sqlite(steps in steps()) {

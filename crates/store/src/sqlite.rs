@@ -305,17 +305,4 @@ async fn join(thread: &Thread) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::contract::Subject;
-    use crate::{ManualClock, store_contract};
-
-    async fn subject() -> Subject {
-        let directory = tempfile::tempdir().unwrap();
-        let clock = ManualClock::new();
-        let store = SqliteStore::open(directory.path().join("store"), Arc::new(clock.clone())).await.unwrap();
-        Subject::new(Arc::new(store), clock, directory)
-    }
-
-    store_contract!(subject());
-}
+mod tests;

@@ -165,7 +165,8 @@ impl<'a> Transaction<'a> {
         self.sql(|connection| rows::lease(connection, id))?.ok_or(Error::LeaseNotFound { id })
     }
 
-    fn sql<T>(&self, run: impl FnOnce(&Connection) -> Result<T, rusqlite::Error>) -> Result<T, Error> {
+    /// Runs statements, and says of the storage what they fail with.
+    pub fn sql<T>(&self, run: impl FnOnce(&Connection) -> Result<T, rusqlite::Error>) -> Result<T, Error> {
         run(self.connection).map_err(|error| fault(self.path, "write", error))
     }
 }
