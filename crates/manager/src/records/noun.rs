@@ -1,7 +1,7 @@
 //! What is recorded, and where.
 
 use berth_api::agent::PutTask;
-use berth_api::manager::Segment;
+use berth_api::manager::{Segment, User};
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::copy::Table;
+use crate::auth::accounts::{JoinTokenRow, TokenRow};
+use crate::http::image::ImageUpload;
 use crate::operations::OperationRow;
 
 /// Something that is recorded and kept in memory.
@@ -34,6 +36,10 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<Snapshot>,
     Table::of::<OperationRow>,
     Table::of::<Debt>,
+    Table::of::<User>,
+    Table::of::<TokenRow>,
+    Table::of::<JoinTokenRow>,
+    Table::of::<ImageUpload>,
 ];
 
 macro_rules! records {

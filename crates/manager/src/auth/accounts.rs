@@ -1,0 +1,282 @@
+//! Users, their tokens, and join tokens: the records, and how they come and go.
+//!
+//! A token has the rights that its user has at the moment of use, never more. The last way in for an administrator
+//! can't be deleted: a cluster that nobody may change any more helps nobody.
+
+use berth_api::join::{Fingerprint, JoinSecret};
+use berth_api::manager::{CreateToken, CreateUser, NewToken, Token, User};
+use berth_model::{HostId, Problem, ProblemCode, Timestamp, TokenId, UserId};
+use serde::{Deserialize, Serialize};
+
+use super::{Bearer, SECRET_BYTES, SecretHash, UserPrincipal};
+use crate::clock::Entropy;
+use crate::policy::ROLES;
+use crate::records::{Record, Records, Row, Transaction, UniqueName};
+
+/// How long a join token may be used when nothing is said, in seconds.
+pub const JOIN_EXPIRES_S_DEFAULT: u64 = 3600;
+/// Longest life of a join token, in seconds. Longer, and it lies about in notes and histories while it is good.
+pub const JOIN_EXPIRES_S_MAX: u64 = 7 * 24 * 3600;
+/// Longest life of a bearer token that has an end, in seconds: ten years, above which it is a mistake in units.
+pub const TOKEN_EXPIRES_S_MAX: u64 = 10 * 366 * 24 * 3600;
+/// Longest note on a token, in characters.
+const NOTE_CHARS_MAX: usize = 200;
+/// The role without which nobody could change anything any more.
+const ADMIN: &str = "admin";
+
+/// A token as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRow {
+    /// What may be shown of it.
+    pub token: Token,
+    /// The hash of its secret.
+    pub hash: SecretHash,
+}
+
+/// A join token as it is kept, under its secret's hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinTokenRow {
+    /// The hash of its secret.
+    pub hash: SecretHash,
+    /// Who made it.
+    pub made_by: String,
+    /// Until when it may be used.
+    pub expires_at: Timestamp,
+    /// The host that came of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<JoinUse>,
+}
+
+/// What a join token was used for. It is kept so that a machine whose answer got lost may ask again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinUse {
+    /// The host.
+    pub host: HostId,
+    /// SHA-256 of its signing request: only the machine that has the key can use another certificate for it.
+    pub request: SecretHash,
+}
+
+impl Record for User {
+    const PREFIX: &'static str = "/users/";
+    const NOUN: &'static str = "user";
+    fn record_id(&self) -> String {
+        self.id.to_string()
+    }
+}
+
+impl Record for TokenRow {
+    const PREFIX: &'static str = "/tokens/";
+    const NOUN: &'static str = "token";
+    fn record_id(&self) -> String {
+        self.token.id.to_string()
+    }
+}
+
+impl Record for JoinTokenRow {
+    const PREFIX: &'static str = "/join-tokens/";
+    const NOUN: &'static str = "join token";
+    fn record_id(&self) -> String {
+        self.hash.to_string()
+    }
+}
+
+/// Who a bearer secret stands for, if it is good.
+pub fn authenticate(records: &Records, bearer: &Bearer, now: Timestamp) -> Option<UserPrincipal> {
+    let row = records.get::<TokenRow>(bearer.token.as_str());
+    let expected = row.as_ref().map_or_else(|| SecretHash::of(b""), |row| row.hash.clone());
+    // Compared also when there is no such token, so that the time tells nothing about which ids exist.
+    let good = expected.is_of(&bearer.secret);
+    let row = row.filter(|row| good && row.token.expires_at.is_none_or(|end| now < end))?;
+    let user = records.get::<User>(row.token.user.as_str())?;
+    Some(UserPrincipal {
+        id: user.value.id.clone(),
+        name: user.name.clone(),
+        roles: user.roles.clone(),
+        token: row.token.id.clone(),
+    })
+}
+
+/// A user to be, checked.
+///
+/// # Errors
+/// A role that does not exist.
+pub fn new_user(wish: CreateUser, entropy: &dyn Entropy, now: Timestamp) -> Result<User, Problem> {
+    for (index, role) in wish.roles.iter().enumerate() {
+        if !ROLES.contains(&role.as_str()) {
+            let expected = format!("one of: {}", ROLES.join(", "));
+            return Err(Problem::field(format!("roles.{index}"), role, expected));
+        }
+    }
+    let mut roles = wish.roles;
+    roles.sort();
+    roles.dedup();
+    Ok(User { id: UserId::from_entropy(entropy.id()), name: wish.name, roles, created_at: now })
+}
+
+/// Records a user.
+///
+/// # Errors
+/// That the name is taken, or that the store failed.
+pub async fn create_user(records: &Records, user: &User) -> Result<(), Problem> {
+    let mut transaction = Transaction::new();
+    add_user(&mut transaction, user);
+    records.commit(transaction).await?;
+    Ok(())
+}
+
+/// Adds the making of a user to a transaction.
+pub fn add_user(transaction: &mut Transaction, user: &User) {
+    transaction.create(user);
+    transaction.claim(&UniqueName::in_cluster(User::NOUN, &user.name), user.id.as_str());
+}
+
+/// Deletes a user with all tokens.
+///
+/// # Errors
+/// [`ProblemCode::Protected`] when no administrator would be left; that the store failed.
+pub async fn delete_user(records: &Records, user: &Row<User>, now: Timestamp) -> Result<(), Problem> {
+    if !administrator_remains(records, now, |token| token.user != user.value.id) {
+        return Err(last_administrator("user", &user.name));
+    }
+    let mut tokens = tokens_of(records, &user.value.id);
+    // More tokens than one transaction takes go first, so that a user never lives on in a token.
+    while tokens.len() > TOKENS_AT_ONCE {
+        let mut transaction = Transaction::new();
+        for token in tokens.drain(..TOKENS_AT_ONCE) {
+            transaction.forget::<TokenRow>(&token.id);
+        }
+        records.commit(transaction).await?;
+    }
+    let mut transaction = Transaction::new();
+    for token in tokens {
+        transaction.forget::<TokenRow>(&token.id);
+    }
+    transaction.remove(user);
+    transaction.release(&UniqueName::in_cluster(User::NOUN, &user.name));
+    records.commit(transaction).await?;
+    Ok(())
+}
+
+/// How many tokens are removed in one transaction; a store takes 128 changes at once.
+const TOKENS_AT_ONCE: usize = 100;
+
+fn tokens_of(records: &Records, user: &UserId) -> Vec<std::sync::Arc<Row<TokenRow>>> {
+    records.list::<TokenRow>().into_iter().filter(|row| row.token.user == *user).collect()
+}
+
+/// A token to be, with its secret.
+///
+/// # Errors
+/// A life or a note out of range.
+pub fn new_token(
+    user: &UserId,
+    wish: &CreateToken,
+    entropy: &dyn Entropy,
+    now: Timestamp,
+) -> Result<(TokenRow, NewToken), Problem> {
+    if wish.note.chars().count() > NOTE_CHARS_MAX {
+        return Err(Problem::field("note", &wish.note, format!("at most {NOTE_CHARS_MAX} characters")));
+    }
+    let expires_at = match wish.expires_s {
+        Some(seconds) if seconds == 0 || seconds > TOKEN_EXPIRES_S_MAX => {
+            return Err(Problem::field("expires_s", seconds, format!("1 to {TOKEN_EXPIRES_S_MAX} seconds")));
+        }
+        Some(seconds) => Some(now.plus_millis(seconds * 1000)),
+        None => None,
+    };
+    let bearer = Bearer { token: TokenId::from_entropy(entropy.id()), secret: random(entropy) };
+    let token = Token {
+        id: bearer.token.clone(),
+        user: user.clone(),
+        note: wish.note.clone(),
+        created_at: now,
+        expires_at,
+    };
+    let row = TokenRow { token: token.clone(), hash: SecretHash::of(&bearer.secret) };
+    Ok((row, NewToken { token, secret: bearer.to_string() }))
+}
+
+/// Revokes a token.
+///
+/// # Errors
+/// [`ProblemCode::Protected`] when no administrator would be left; that the store failed.
+pub async fn revoke_token(records: &Records, token: &Row<TokenRow>, now: Timestamp) -> Result<(), Problem> {
+    if !administrator_remains(records, now, |other| other.id != token.token.id) {
+        return Err(last_administrator("token", &token.token.id));
+    }
+    let mut transaction = Transaction::new();
+    transaction.remove(token);
+    records.commit(transaction).await?;
+    Ok(())
+}
+
+/// Whether a token that is good and an administrator's is among those that `stays` picks. What is no administrator's
+/// now does not need to be asked about: removing it takes no way in away.
+fn administrator_remains(records: &Records, now: Timestamp, stays: impl Fn(&Token) -> bool) -> bool {
+    let is_admin = |user: &UserId| {
+        records.get::<User>(user.as_str()).is_some_and(|user| user.roles.iter().any(|role| role == ADMIN))
+    };
+    let mut ways_in = records
+        .list::<TokenRow>()
+        .into_iter()
+        .filter(|row| row.token.expires_at.is_none_or(|end| now < end) && is_admin(&row.token.user))
+        .peekable();
+    ways_in.peek().is_none() || ways_in.any(|row| stays(&row.token))
+}
+
+fn last_administrator(noun: &str, name: impl ToString) -> Problem {
+    let name = name.to_string();
+    Problem::new(
+        ProblemCode::Protected,
+        format!("{noun} '{name}' is the last way in for an administrator: make another token first"),
+    )
+    .at(noun, name, "not the last administrator's")
+}
+
+/// A join token to be, with its text.
+///
+/// # Errors
+/// A life out of range.
+pub fn new_join_token(
+    expires_s: Option<u64>,
+    made_by: String,
+    ca: Fingerprint,
+    entropy: &dyn Entropy,
+    now: Timestamp,
+) -> Result<(JoinTokenRow, JoinSecret), Problem> {
+    let seconds = expires_s.unwrap_or(JOIN_EXPIRES_S_DEFAULT);
+    if seconds == 0 || seconds > JOIN_EXPIRES_S_MAX {
+        return Err(Problem::field("expires_s", seconds, format!("1 to {JOIN_EXPIRES_S_MAX} seconds")));
+    }
+    let secret = JoinSecret { ca, secret: random(entropy) };
+    let row = JoinTokenRow {
+        hash: SecretHash::of(&secret.secret),
+        made_by,
+        expires_at: now.plus_millis(seconds * 1000),
+        used: None,
+    };
+    Ok((row, secret))
+}
+
+/// The join token of this text, if it is one of this cluster that has not expired. Whether it was used is for
+/// enrolment to judge.
+pub fn join_token(
+    records: &Records,
+    text: &str,
+    ca: Fingerprint,
+    now: Timestamp,
+) -> Option<std::sync::Arc<Row<JoinTokenRow>>> {
+    let secret: JoinSecret = text.parse().ok()?;
+    if secret.ca != ca {
+        return None;
+    }
+    // Found by its hash: what the time could tell is about the hash, from which there is no way to the secret.
+    let row = records.get::<JoinTokenRow>(&SecretHash::of(&secret.secret).to_string())?;
+    (row.hash.is_of(&secret.secret) && now < row.expires_at).then_some(row)
+}
+
+fn random(entropy: &dyn Entropy) -> [u8; SECRET_BYTES] {
+    let mut secret = [0; SECRET_BYTES];
+    entropy.fill(&mut secret);
+    secret
+}

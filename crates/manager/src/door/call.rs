@@ -1,0 +1,165 @@
+//! What a handler is given.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::body::Body;
+use berth_api::endpoint::Endpoint;
+use berth_model::access::Action;
+use berth_model::{Problem, Timestamp};
+use berth_store::Revision;
+use http::HeaderMap;
+use http::header::IF_MATCH;
+use http::request::Parts;
+
+use super::target::{self, Located, TheHost, TheImage, TheSegment, TheVm};
+use super::{Arrival, Gate, Input, not_allowed};
+use crate::auth::Principal;
+use crate::cluster::Cluster;
+use crate::policy::{Decision, Resource};
+
+/// A request that was let through.
+pub struct Call<E: Endpoint, T> {
+    /// Who asks, and the cluster.
+    pub ctx: Ctx,
+    /// What it is about.
+    pub target: T,
+    /// Path, query and body.
+    pub input: Input<E>,
+    /// The request's head, for handlers that take the connection over.
+    pub parts: Parts,
+    /// The body of an upload; empty for other routes, whose body is in `input`.
+    pub body: Body,
+}
+
+impl<E: Endpoint, T> Call<E, T> {
+    /// The revision that the caller wants to change, and no other.
+    ///
+    /// # Errors
+    /// When the header is there and is not an entity tag of ours.
+    pub fn if_match(&self) -> Result<Option<Revision>, Problem> {
+        if_match(&self.parts.headers)
+    }
+}
+
+fn if_match(headers: &HeaderMap) -> Result<Option<Revision>, Problem> {
+    let Some(value) = headers.get(IF_MATCH) else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default().trim();
+    if text == "*" {
+        return Ok(None);
+    }
+    let number = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    let revision = number.and_then(|number| number.parse().ok()).map(Revision);
+    let wrong = || Problem::field("If-Match", text, "the ETag of an earlier answer, like \"42\", or *");
+    revision.map(Some).ok_or_else(wrong)
+}
+
+/// Who asks, and what a handler may use to answer.
+#[derive(Clone)]
+pub struct Ctx {
+    gate: Arc<Gate>,
+    /// Who asks.
+    pub principal: Principal,
+    /// The request's id.
+    pub request_id: String,
+    /// From where.
+    pub remote: SocketAddr,
+}
+
+impl Ctx {
+    pub(super) fn new(gate: Arc<Gate>, principal: Principal, arrival: &Arrival) -> Self {
+        let (request_id, remote) = (arrival.request_id.clone(), arrival.caller.remote);
+        Self { gate, principal, request_id, remote }
+    }
+
+    /// The cluster.
+    pub fn cluster(&self) -> &Arc<Cluster> {
+        &self.gate.cluster
+    }
+
+    /// The door's own parts: policies, audit, metrics.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Who asks, for operations and records.
+    pub fn actor(&self) -> String {
+        self.principal.actor()
+    }
+
+    /// What time it is.
+    pub fn now(&self) -> Timestamp {
+        self.gate.cluster.clock.now()
+    }
+
+    /// What the policies say about another action of the same caller.
+    pub fn decide(&self, action: Action, resource: &Resource) -> Decision {
+        self.gate.policies.decide(&self.principal, action, resource)
+    }
+
+    /// A further VM that the request names, if the caller may do this to it.
+    ///
+    /// # Errors
+    /// That it is not there, or that the caller may not: told apart only for who could touch it if it were there.
+    pub fn vm(&self, name: &str, action: Action) -> Result<TheVm, Problem> {
+        self.checked(target::vm(self.cluster(), name), action, &target::absent_vm(name))
+    }
+
+    /// A further host that the request names.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn host(&self, name: &str, action: Action) -> Result<TheHost, Problem> {
+        self.checked(target::host(self.cluster(), name), action, &target::absent_host(name))
+    }
+
+    /// A further image that the request names.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn image(&self, name: &str, action: Action) -> Result<TheImage, Problem> {
+        self.checked(target::image(self.cluster(), name), action, &target::absent_image(name))
+    }
+
+    /// A further segment that the request names.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn segment(&self, name: &str, action: Action) -> Result<TheSegment, Problem> {
+        self.checked(target::segment(self.cluster(), name), action, &target::absent_segment(name))
+    }
+
+    fn checked<T>(
+        &self,
+        found: Result<Located<T>, Problem>,
+        action: Action,
+        absent: &Resource,
+    ) -> Result<T, Problem> {
+        let resource = found.as_ref().map_or(absent, |located| &located.resource);
+        if self.decide(action, resource).allowed {
+            Ok(found?.target)
+        } else {
+            Err(not_allowed(action, &self.principal))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn if_match_takes_our_tags_and_nothing_else() {
+        let read = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(IF_MATCH, text.parse().expect("a header"));
+            if_match(&headers)
+        };
+        assert_eq!(read("\"42\"").expect("a tag"), Some(Revision(42)));
+        assert_eq!(read("*").expect("any"), None);
+        for bad in ["42", "W/\"42\"", "\"\"", "\"x\"", "\"1\", \"2\""] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+        assert_eq!(if_match(&HeaderMap::new()).expect("none"), None);
+    }
+}

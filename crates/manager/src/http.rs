@@ -1,0 +1,39 @@
+//! The handlers: one file a noun, and here the list of all of them.
+//!
+//! A handler is short: it turns a request that was let through into calls of the cluster, and the result into the
+//! contract's reply. What a change needs and does stands in its workflow.
+
+pub mod audit;
+pub mod enrol;
+pub mod host;
+pub mod image;
+pub mod operation;
+pub mod segment;
+pub mod snapshot;
+pub mod system;
+pub mod token;
+pub mod user;
+pub mod vm;
+
+pub mod console;
+
+mod list;
+mod user_data;
+
+use crate::door::Door;
+
+/// Mounts every route of the contract.
+pub fn mount(door: Door) -> Door {
+    let door = system::mount(door);
+    let door = enrol::mount(door);
+    let door = host::mount(door);
+    let door = segment::mount(door);
+    let door = image::mount(door);
+    let door = vm::mount(door);
+    let door = console::mount(door);
+    let door = snapshot::mount(door);
+    let door = operation::mount(door);
+    let door = audit::mount(door);
+    let door = user::mount(door);
+    token::mount(door)
+}

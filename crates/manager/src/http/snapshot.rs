@@ -1,0 +1,135 @@
+//! Snapshots: seeing them, taking and deleting them, and saying which one is the baseline.
+
+use berth_api::manager::{
+    OperationRef, Page, SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotPin, SnapshotShow,
+    SnapshotUnpin,
+};
+use berth_model::operation::OperationKind;
+use berth_model::snapshot::{Snapshot, SnapshotKind};
+use berth_model::vm::Vm;
+use berth_model::{Problem, ProblemCode};
+
+use super::{list, operation};
+use crate::cluster::Cluster;
+use crate::door::target::{TheSnapshot, TheVm};
+use crate::door::{Answer, Call, Door};
+use crate::operations::{Begin, OperationRequest};
+use crate::records::{RecordsError, Transaction};
+
+/// Longest note on a snapshot, in characters.
+const NOTE_CHARS_MAX: usize = 1000;
+
+/// Mounts the routes of this file.
+pub fn mount(door: Door) -> Door {
+    door.mount(show_all).mount(create).mount(show).mount(delete).mount(pin).mount(unpin)
+}
+
+async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
+    let query = &call.input.query;
+    let all = call.ctx.cluster().records.snapshots_of(&call.target.0.value.id);
+    let page = list::page(
+        &all,
+        query.limit,
+        query.cursor.as_deref(),
+        |row| format!("{:020} {}", row.created_at.as_millis(), row.value.id),
+        |row| row.value.clone(),
+    )?;
+    Ok(Answer::new(page))
+}
+
+async fn show(call: Call<SnapshotShow, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {
+    let snapshot = call.target.snapshot;
+    Ok(Answer::new(snapshot.value.clone()).at(snapshot.revision))
+}
+
+async fn create(call: Call<SnapshotCreate, TheVm>) -> Result<Answer<OperationRef>, Problem> {
+    let (if_match, dry_run) = (call.if_match()?, call.input.query.dry_run.unwrap_or_default());
+    let wish = call.input.body;
+    if wish.note.chars().count() > NOTE_CHARS_MAX {
+        return Err(Problem::field("note", &wish.note, format!("at most {NOTE_CHARS_MAX} characters")));
+    }
+    let request = OperationRequest::SnapshotCreate {
+        vm: call.target.0.value.id.clone(),
+        kind: SnapshotKind::Manual,
+        name: wish.name,
+        note: wish.note,
+    };
+    operation::submit(call.ctx.cluster(), Begin { actor: call.ctx.actor(), request, if_match }, dry_run).await
+}
+
+async fn delete(call: Call<SnapshotDelete, TheSnapshot>) -> Result<Answer<OperationRef>, Problem> {
+    let dry_run = call.input.query.dry_run.unwrap_or_default();
+    let TheSnapshot { vm, snapshot } = call.target;
+    let request =
+        OperationRequest::SnapshotDelete { vm: vm.value.id.clone(), snapshot: snapshot.value.id.clone() };
+    let begin = Begin { actor: call.ctx.actor(), request, if_match: None };
+    operation::submit(call.ctx.cluster(), begin, dry_run).await
+}
+
+async fn pin(call: Call<SnapshotPin, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {
+    change(call.ctx.cluster(), &call.target, |vm, snapshot| {
+        vm.status.baseline = Some(snapshot.id.clone());
+        vm.status.baseline_note = None;
+        snapshot.pinned = true;
+        snapshot.expires_at = None;
+        Ok(())
+    })
+    .await
+}
+
+async fn unpin(call: Call<SnapshotUnpin, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {
+    change(call.ctx.cluster(), &call.target, |vm, snapshot| {
+        if vm.status.baseline.as_ref() == Some(&snapshot.id) {
+            let message = format!(
+                "snapshot {} is the baseline of {}: pin another one instead",
+                snapshot.name,
+                vm.full_name()
+            );
+            return Err(Problem::new(ProblemCode::Protected, message));
+        }
+        snapshot.pinned = false;
+        Ok(())
+    })
+    .await
+}
+
+/// Changes a snapshot and its VM together, against the newest of both.
+async fn change(
+    cluster: &Cluster,
+    target: &TheSnapshot,
+    apply: impl Fn(&mut Vm, &mut Snapshot) -> Result<(), Problem>,
+) -> Result<Answer<Snapshot>, Problem> {
+    let (vm_id, snapshot_key) = (target.vm.value.id.as_str(), target.snapshot.id.as_str());
+    loop {
+        let vm = cluster.records.require::<Vm>(vm_id)?;
+        let snapshot = cluster.records.require::<Snapshot>(snapshot_key)?;
+        refuse_while_it_goes(cluster, &vm)?;
+        let (mut vm_then, mut snapshot_then) = (vm.value.clone(), snapshot.value.clone());
+        apply(&mut vm_then, &mut snapshot_then)?;
+        let mut transaction = Transaction::new();
+        transaction.replace(&vm, &vm_then);
+        transaction.replace(&snapshot, &snapshot_then);
+        match cluster.records.commit(transaction).await {
+            Ok(_) => {
+                let row = cluster.records.require::<Snapshot>(snapshot_key)?;
+                return Ok(Answer::new(row.value.clone()).at(row.revision));
+            }
+            // Something else about the VM changed at the same moment: look again.
+            Err(RecordsError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A snapshot that is being deleted can't be made the baseline: whoever came first wins.
+fn refuse_while_it_goes(cluster: &Cluster, vm: &Vm) -> Result<(), Problem> {
+    let Some(id) = &vm.status.operation else { return Ok(()) };
+    let operation = cluster.operations.get(id)?;
+    match operation.kind {
+        OperationKind::SnapshotDelete | OperationKind::VmDelete => {
+            let message = format!("a {} of {} is under way ({id})", operation.kind, vm.full_name());
+            Err(Problem::new(ProblemCode::Busy, message))
+        }
+        _ => Ok(()),
+    }
+}

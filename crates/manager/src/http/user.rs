@@ -1,0 +1,43 @@
+//! Users.
+
+use berth_api::manager::{Page, User, UserCreate, UserDelete, UserList};
+use berth_model::Problem;
+
+use super::list;
+use crate::auth::accounts;
+use crate::door::target::{TheCluster, TheUser};
+use crate::door::{Answer, Call, Door};
+
+/// Mounts the routes of this file.
+pub fn mount(door: Door) -> Door {
+    door.mount(show_all).mount(create).mount(delete)
+}
+
+async fn show_all(call: Call<UserList, TheCluster>) -> Result<Answer<Page<User>>, Problem> {
+    let mut all = call.ctx.cluster().records.list::<User>();
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    let query = &call.input.query;
+    let page = list::page(
+        &all,
+        query.limit,
+        query.cursor.as_deref(),
+        |row| row.value.name.to_string(),
+        |row| row.value.clone(),
+    )?;
+    Ok(Answer::new(page))
+}
+
+async fn create(call: Call<UserCreate, TheCluster>) -> Result<Answer<User>, Problem> {
+    let (cluster, now) = (call.ctx.cluster(), call.ctx.now());
+    let user = accounts::new_user(call.input.body, &*cluster.entropy, now)?;
+    accounts::create_user(&cluster.records, &user).await?;
+    Ok(Answer::new(user))
+}
+
+async fn delete(call: Call<UserDelete, TheUser>) -> Result<Answer<()>, Problem> {
+    let cluster = call.ctx.cluster();
+    // Two deletions at once must not take the last two administrators.
+    let _deciding = cluster.deciding().await;
+    accounts::delete_user(&cluster.records, &call.target.0, call.ctx.now()).await?;
+    Ok(Answer::new(()))
+}

@@ -1,0 +1,183 @@
+//! What is counted, for Prometheus.
+//!
+//! Names are snake case with base units, counters end in `_total`, and durations are seconds, as the field has them.
+
+use std::fmt::Write as _;
+use std::sync::atomic::AtomicU64;
+
+use berth_model::host::{Host, HostState};
+use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState};
+use berth_model::vm::{Vm, VmState};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use crate::records::Records;
+
+/// The content type of the text that [`Metrics::text`] gives.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OperationLabels {
+    kind: &'static str,
+    result: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    endpoint: &'static str,
+    status: u16,
+}
+
+/// All counters, and the text of them.
+pub struct Metrics {
+    registry: Registry,
+    vms: Family<StateLabel, Gauge>,
+    hosts: Family<StateLabel, Gauge>,
+    operations: Family<OperationLabels, Counter>,
+    durations: Family<KindLabel, Histogram>,
+    blackouts: Histogram,
+    pauses: Histogram,
+    restores: Histogram,
+    requests: Family<RequestLabels, Counter<u64, AtomicU64>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// With nothing counted yet.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("berth");
+        // From what a guest does not notice to what its users complain about.
+        let instants = || Histogram::new([0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.3, 0.6, 1.0, 3.0]);
+        let metrics = Self {
+            vms: Family::default(),
+            hosts: Family::default(),
+            operations: Family::default(),
+            durations: Family::new_with_constructor(|| {
+                Histogram::new([0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0])
+            }),
+            blackouts: instants(),
+            pauses: instants(),
+            restores: instants(),
+            requests: Family::default(),
+            registry: Registry::default(),
+        };
+        registry.register("vms", "VMs by state", metrics.vms.clone());
+        registry.register("hosts", "Hosts by state", metrics.hosts.clone());
+        registry.register("operations", "Operations that are over", metrics.operations.clone());
+        registry.register(
+            "operation_duration_seconds",
+            "From an operation's start to its end",
+            metrics.durations.clone(),
+        );
+        registry.register(
+            "migration_blackout_seconds",
+            "Time in which a guest did not run while it was moved, measured by the hypervisors",
+            metrics.blackouts.clone(),
+        );
+        registry.register(
+            "snapshot_paused_seconds",
+            "Time in which a guest did not run while a snapshot was taken",
+            metrics.pauses.clone(),
+        );
+        registry.register(
+            "restore_running_seconds",
+            "From the command to restore to the guest running",
+            metrics.restores.clone(),
+        );
+        registry.register("http_requests", "Requests that were answered", metrics.requests.clone());
+        Self { registry, ..metrics }
+    }
+
+    /// Counts a request that was answered.
+    pub fn answered(&self, endpoint: &'static str, status: u16) {
+        self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+    }
+
+    /// Counts an operation that is over.
+    pub fn operation_over(&self, operation: &Operation) {
+        let (kind, result) = (operation.kind.as_str(), operation.state.as_str());
+        self.operations.get_or_create(&OperationLabels { kind, result }).inc();
+        if let Some(finished) = operation.finished_at {
+            let seconds = seconds_of_millis(finished.millis_since(operation.created_at));
+            self.durations.get_or_create(&KindLabel { kind }).observe(seconds);
+        }
+        match &operation.result {
+            Some(OperationResult::Migration { report }) => {
+                self.blackouts.observe(seconds_of_micros(report.blackout_us));
+            }
+            Some(OperationResult::Snapshot { facts, .. }) if facts.has_memory => {
+                self.pauses.observe(seconds_of_micros(facts.paused_us));
+            }
+            Some(OperationResult::Restore { facts, .. }) => {
+                self.restores.observe(seconds_of_micros(facts.running_us));
+            }
+            Some(OperationResult::Snapshot { .. } | OperationResult::Done) | None => {}
+        }
+    }
+
+    /// The text, with VMs and hosts as they are now.
+    pub fn text(&self, records: &Records) -> String {
+        let (vms, hosts) = (records.list::<Vm>(), records.list::<Host>());
+        for state in VmState::ALL {
+            let count = vms.iter().filter(|vm| vm.status.state == state).count();
+            self.vms.get_or_create(&StateLabel { state: state.as_str() }).set(gauge(count));
+        }
+        for (state, name) in [(HostState::Online, "online"), (HostState::Offline, "offline")] {
+            let count = hosts.iter().filter(|host| host.state == state).count();
+            self.hosts.get_or_create(&StateLabel { state: name }).set(gauge(count));
+        }
+        let mut text = String::new();
+        if let Err(error) = encode(&mut text, &self.registry) {
+            // Writing into a string can't fail; a metric that can't be written must not take the others with it.
+            let _ = write!(text, "# {error}");
+        }
+        text
+    }
+}
+
+/// Every kind and result of an operation that is over, so that a counter that is still at zero can be seen too.
+impl Metrics {
+    /// Makes all counters of operations, at zero.
+    #[must_use]
+    pub fn with_all_kinds(self) -> Self {
+        for kind in OperationKind::ALL {
+            for result in [OperationState::Succeeded, OperationState::Failed, OperationState::Cancelled] {
+                let labels = OperationLabels { kind: kind.as_str(), result: result.as_str() };
+                drop(self.operations.get_or_create(&labels));
+            }
+        }
+        self
+    }
+}
+
+fn gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn seconds_of_millis(millis: u64) -> f64 {
+    std::time::Duration::from_millis(millis).as_secs_f64()
+}
+
+fn seconds_of_micros(micros: u64) -> f64 {
+    std::time::Duration::from_micros(micros).as_secs_f64()
+}
