@@ -1,0 +1,56 @@
+//! `berth whoami` and `berth can-i`.
+
+use berth_api::endpoint::Nothing;
+use berth_api::manager::{CanI, CanIQuery, WhoAmIShow};
+use berth_model::access::Action;
+use clap::Args;
+
+use crate::exit::Failure;
+use crate::output::{Facts, NOTHING};
+use crate::session::Session;
+
+/// What to ask.
+#[derive(Debug, Args)]
+pub struct CanIArguments {
+    /// The action, like snapshot.restore
+    #[arg(value_parser = parse_action)]
+    action: Action,
+    /// What it is about: segment/name of a VM, or a segment; the cluster without it
+    resource: Option<String>,
+}
+
+fn parse_action(text: &str) -> Result<Action, String> {
+    text.parse().map_err(|_| {
+        let known: Vec<&str> = Action::ALL.iter().map(|action| action.as_str()).collect();
+        format!("expected one of {}", known.join(", "))
+    })
+}
+
+/// Who the user is.
+///
+/// # Errors
+/// When the manager refuses or can't be reached.
+pub async fn whoami(session: &Session) -> Result<(), Failure> {
+    let me = session.ask::<WhoAmIShow>(&Nothing {}, &Nothing {}).await?;
+    session.output.one(&me, || {
+        let roles = if me.roles.is_empty() { NOTHING.to_owned() } else { me.roles.join(", ") };
+        Facts::new()
+            .with("user", &me.user)
+            .with("id", &me.id)
+            .with("roles", roles)
+            .with("token", &me.token)
+            .with("manager", session.client.address())
+    })
+}
+
+/// Whether the user may do something.
+///
+/// # Errors
+/// [`Failure::Denied`] for a no; when the manager refuses or can't be reached.
+pub async fn can_i(session: &Session, arguments: CanIArguments) -> Result<(), Failure> {
+    let query = CanIQuery { action: arguments.action.as_str().to_owned(), resource: arguments.resource };
+    let reply = session.ask::<CanI>(&Nothing {}, &query).await?;
+    let answer = if reply.allowed { "yes" } else { "no" };
+    session.output.done(&reply, || format!("{answer}: {}", reply.reason))?;
+    if reply.allowed { Ok(()) } else { Err(Failure::Denied) }
+}

@@ -1,0 +1,144 @@
+//! The command line as a whole: nouns here, the verbs of each noun in the noun's own file.
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::output::Format;
+use crate::{access, audit, host, image, login, migration, operation, segment, snapshot, token, user, vm};
+
+const AFTER: &str = "\
+A VM is named segment/name; a name alone means segment 'default'. Wherever a name is expected, an id will do.
+Sizes: 512MiB, 2GiB, 2G (1024-based). Bandwidth: 800mbit, 1gbit, 100MiB/s. Durations: 90s, 5m, 24h, 7d.
+
+Which cluster: BERTH_CONFIG=FILE, or BERTH_CONTEXT=DIR with a config.toml, or what 'berth login' wrote to
+~/.config/berth/config.toml; BERTH_URL, BERTH_CA (a file) and BERTH_TOKEN each overrule what stands there.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not allowed, 4 not found, 5 conflict, 6 unreachable,
+130 left waiting with Ctrl-C (the operation goes on).";
+
+/// Virtual machines in good order: any VM back to its known-good snapshot, or on another host, in moments.
+#[derive(Debug, Parser)]
+#[command(name = "berth", version, after_help = AFTER, disable_help_subcommand = true)]
+pub struct Cli {
+    /// How to answer: tables for people, json (a line an event while waiting) or yaml for programs
+    #[arg(long, short = 'o', global = true, value_enum, default_value = "table")]
+    pub output: Format,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The nouns.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say which cluster to talk to, and who you are
+    Login(login::Arguments),
+    /// Who you are
+    Whoami,
+    /// Whether you may do something, and why (exit code 3: you may not)
+    CanI(access::CanIArguments),
+    /// Machines with an agent
+    Host {
+        /// What to do.
+        #[command(subcommand)]
+        verb: host::Verb,
+    },
+    /// Tenancy and network boundaries; each VM is in exactly one
+    Segment {
+        /// What to do.
+        #[command(subcommand)]
+        verb: segment::Verb,
+    },
+    /// Immutable disks and kernels that VMs start from
+    Image {
+        /// What to do.
+        #[command(subcommand)]
+        verb: image::Verb,
+    },
+    /// Virtual machines
+    Vm {
+        /// What to do.
+        #[command(subcommand)]
+        verb: vm::Verb,
+    },
+    /// VMs at one instant: disk, memory and devices
+    Snapshot {
+        /// What to do.
+        #[command(subcommand)]
+        verb: snapshot::Verb,
+    },
+    /// Moves of VMs between hosts ('berth vm migrate' begins one)
+    Migration {
+        /// What to do.
+        #[command(subcommand)]
+        verb: migration::Verb,
+    },
+    /// Changes that take time
+    Operation {
+        /// What to do.
+        #[command(subcommand)]
+        verb: operation::Verb,
+    },
+    /// People and programs
+    User {
+        /// What to do.
+        #[command(subcommand)]
+        verb: user::Verb,
+    },
+    /// What users prove themselves with
+    Token {
+        /// What to do.
+        #[command(subcommand)]
+        verb: token::Verb,
+    },
+    /// Who did what, and by whose leave
+    Audit {
+        /// What to do.
+        #[command(subcommand)]
+        verb: audit::Verb,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How much of a list.
+#[derive(Debug, Args)]
+pub struct ListArguments {
+    /// At most so many; all without it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+}
+
+/// How to make a change that is done at once.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct DryRunArguments {
+    /// Check everything that can be checked, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// How to make a change that takes time.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct ChangeArguments {
+    /// Check everything that can be checked, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Wait until it is done (the default); Ctrl-C leaves it going on
+    #[arg(long, overrides_with = "no_wait")]
+    wait: bool,
+    /// Begin it, print its operation, and don't wait
+    #[arg(long, overrides_with = "wait")]
+    no_wait: bool,
+}
+
+impl ChangeArguments {
+    /// Whether to wait until it is done.
+    pub const fn wait(self) -> bool {
+        self.wait || !self.no_wait
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,72 @@
+use clap::{CommandFactory, Parser};
+
+use super::*;
+
+fn parses(line: &str) -> bool {
+    Cli::try_parse_from(line.split(' ')).is_ok()
+}
+
+#[test]
+fn the_definition_has_no_contradictions() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn lines_that_are_right_are_taken() {
+    for line in [
+        "berth whoami",
+        "berth whoami --output json",
+        "berth -o yaml vm list",
+        "berth can-i snapshot.restore default/books",
+        "berth host list --limit 5",
+        "berth host join-token --expires 2h",
+        "berth segment create accounting --dry-run",
+        "berth image import --name probe --kernel k --initrd i",
+        "berth vm create books --image probe --memory 256MiB --disk 1GiB",
+        "berth vm create accounting/books --image probe --nic address=dhcp --nic mac=52:54:00:00:00:01",
+        "berth vm create books --image probe --stopped",
+        "berth vm create books --image probe --wait-for running --no-wait",
+        "berth vm stop books --no-wait --output json",
+        "berth vm delete books --force",
+        "berth vm migrate books --to h2 --bandwidth 800mbit",
+        "berth snapshot create books --name before-close --note done",
+        "berth snapshot restore books",
+        "berth snapshot restore books before-close --no-undo",
+        "berth snapshot list books",
+        "berth migration list --active",
+        "berth operation wait op-0000000000000000 --timeout 5m",
+        "berth operation list --kind vm.migrate --vm books",
+        "berth token create ci --note builds --expires 30d",
+        "berth completions bash",
+    ] {
+        assert!(parses(line), "{line}");
+    }
+}
+
+#[test]
+fn lines_that_are_wrong_are_refused() {
+    for line in [
+        "berth",
+        "berth vm",
+        "berth vm create books",
+        "berth vm create Books --image probe",
+        "berth vm create a/b/c --image probe",
+        "berth vm create books --image probe --memory 256",
+        "berth vm create books --image probe --memory -1GiB",
+        "berth vm create books --image probe --memory 1KiB",
+        "berth vm create books --image probe --vcpus -1",
+        "berth vm create books --image probe --nic bridge=br0",
+        "berth vm create books --image probe --no-nic --nic address=dhcp",
+        "berth vm create books --image probe --stopped --wait-for ready",
+        "berth vm migrate books --bandwidth 800",
+        "berth vm list --limit 0",
+        "berth vm show ../../etc/passwd",
+        "berth can-i fly",
+        "berth operation wait vm-0000000000000000",
+        "berth operation list --kind vm.fly",
+        "berth token delete user-0000000000000000",
+        "berth vm list --output xml",
+    ] {
+        assert!(!parses(line), "{line}");
+    }
+}

@@ -1,0 +1,245 @@
+//! How a run ends: with an exit code that scripts can branch on, and, when it did not go well, with one error that
+//! says what was wrong, where, and what to do.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use berth_api::ClientError;
+use berth_model::{OperationId, Problem, ProblemCode};
+
+use crate::output::{Format, Output, plain};
+
+/// The operation was begun and failed.
+const FAILED: u8 = 1;
+/// What shells know as "ended by Ctrl-C".
+const DETACHED: u8 = 130;
+
+/// Why a command did not do what it was asked to.
+#[derive(Debug)]
+pub enum Failure {
+    /// Refused, or not possible.
+    Problem(Box<Problem>),
+    /// Begun, and failed.
+    Operation {
+        /// Which.
+        operation: OperationId,
+        /// Why.
+        problem: Box<Problem>,
+    },
+    /// Something on this machine: a file, a process, the network's set-up.
+    Local(Box<Problem>),
+    /// The user stopped waiting; what was said about it is said already.
+    Detached,
+    /// The question was answered, with no.
+    Denied,
+    /// Whoever read our output has gone.
+    OutputClosed,
+}
+
+impl Failure {
+    /// A field of the command line with a wrong value.
+    pub fn field(field: &str, value: impl ToString, expected: &str) -> Self {
+        Problem::field(field, value, expected).into()
+    }
+
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Problem(problem) => problem.code.exit_code(),
+            Self::Operation { .. } | Self::Local(_) => FAILED,
+            Self::Detached => DETACHED,
+            Self::Denied => ProblemCode::NotAllowed.exit_code(),
+            Self::OutputClosed => 0,
+        }
+    }
+
+    /// The problem, if there is one to tell.
+    pub fn problem(&self) -> Option<&Problem> {
+        match self {
+            Self::Problem(problem) | Self::Operation { problem, .. } | Self::Local(problem) => Some(problem),
+            Self::Detached | Self::Denied | Self::OutputClosed => None,
+        }
+    }
+}
+
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        Self::Problem(Box::new(problem))
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        error.into_problem().into()
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Local(Box::new(Problem::new(ProblemCode::Internal, format!("{error:#}"))))
+    }
+}
+
+/// Says what went wrong on standard error, and gives the exit code.
+pub fn report(failure: &Failure, output: &Output) -> ExitCode {
+    if let Some(text) = text(failure, output.format()) {
+        output.error(&text);
+    }
+    ExitCode::from(failure.code())
+}
+
+/// What is said about a failure.
+pub fn text(failure: &Failure, format: Format) -> Option<String> {
+    let problem = failure.problem()?;
+    if format == Format::Json {
+        return Some(serde_json::to_string(problem).expect("a problem is plain data"));
+    }
+    let mut text = format!("error: {}", plain(&problem.message));
+    let mut line = |name: &str, value: &Option<String>| {
+        if let Some(value) = value.as_ref().filter(|value| !problem.message.contains(value.as_str())) {
+            let _ = write!(text, "\n  {name}: {}", plain(value));
+        }
+    };
+    line("field", &problem.field);
+    line("value", &problem.value);
+    line("expected", &problem.expected);
+    if problem.code == ProblemCode::Internal {
+        line("request", &problem.request_id);
+    }
+    let hint = match failure {
+        Failure::Operation { operation, .. } => Some(format!("see 'berth operation show {operation}'")),
+        Failure::Local(_) => None,
+        _ => hint(problem.code).map(str::to_owned),
+    };
+    if let Some(hint) = hint {
+        let _ = write!(text, "\n  {hint}");
+    }
+    Some(text)
+}
+
+/// What to do about it, where the message can't know.
+const fn hint(code: ProblemCode) -> Option<&'static str> {
+    match code {
+        ProblemCode::Unauthenticated => Some("log in with 'berth login', or set BERTH_TOKEN"),
+        ProblemCode::NotAllowed => Some("'berth whoami' says who you are, 'berth can-i' what you may do"),
+        ProblemCode::Unreachable => {
+            Some("is it running, and does 'berth login' or BERTH_URL name the right one?")
+        }
+        ProblemCode::Busy => {
+            Some("'berth operation list --active' shows what is going on; wait for it, or cancel it")
+        }
+        ProblemCode::Changed => Some("look at it again, then repeat the change"),
+        ProblemCode::Internal => Some("this is a fault of Berth's own: please report it"),
+        ProblemCode::InvalidInput
+        | ProblemCode::NotFound
+        | ProblemCode::AlreadyExists
+        | ProblemCode::WrongState
+        | ProblemCode::Protected
+        | ProblemCode::TooLarge
+        | ProblemCode::NoPlacement
+        | ProblemCode::BadImage
+        | ProblemCode::NoSpace
+        | ProblemCode::Hypervisor
+        | ProblemCode::Guest
+        | ProblemCode::Cancelled => None,
+    }
+}
+
+/// Tells a command line that can't be read from one that asks for help, in the format that it asks for itself.
+pub fn usage(error: &clap::Error, arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    if !error.use_stderr() || !wants_json(arguments) {
+        // Nobody is left to tell when this fails.
+        let _ = error.print();
+        return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+    }
+    let failure = Failure::from(Problem::new(ProblemCode::InvalidInput, usage_message(error)));
+    report(&failure, &Output::to_terminal(Format::Json))
+}
+
+fn usage_message(error: &clap::Error) -> String {
+    let rendered = error.render().to_string();
+    let first = rendered.split("\n\n").next().unwrap_or_default().trim();
+    first.strip_prefix("error: ").unwrap_or(first).to_owned()
+}
+
+/// The arguments can't be parsed, so the one that matters is looked for by hand.
+fn wants_json(arguments: impl Iterator<Item = OsString>) -> bool {
+    let words: Vec<OsString> = arguments.collect();
+    words.iter().any(|word| word == "--output=json" || word == "-ojson" || word == "-o=json")
+        || words.windows(2).any(|pair| (pair[0] == "--output" || pair[0] == "-o") && pair[1] == "json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(code: ProblemCode) -> Problem {
+        Problem::new(code, "it did not work")
+    }
+
+    #[test]
+    fn exit_codes_are_those_of_the_manual() {
+        let expected = [
+            (ProblemCode::InvalidInput, 2),
+            (ProblemCode::Unauthenticated, 3),
+            (ProblemCode::NotAllowed, 3),
+            (ProblemCode::NotFound, 4),
+            (ProblemCode::AlreadyExists, 5),
+            (ProblemCode::Busy, 5),
+            (ProblemCode::WrongState, 5),
+            (ProblemCode::Protected, 5),
+            (ProblemCode::NoPlacement, 1),
+            (ProblemCode::Hypervisor, 1),
+            (ProblemCode::Internal, 1),
+            (ProblemCode::Unreachable, 6),
+        ];
+        for (code, exit) in expected {
+            assert_eq!(Failure::from(problem(code)).code(), exit, "{code:?}");
+        }
+        let operation = OperationId::from_entropy([1; 10]);
+        // An operation that failed has failed, whatever it failed of: 4 would read as "no such VM".
+        let problem = Box::new(problem(ProblemCode::NotFound));
+        assert_eq!(Failure::Operation { operation, problem }.code(), 1);
+        assert_eq!(Failure::Denied.code(), 3);
+    }
+
+    #[test]
+    fn an_error_says_what_where_and_what_to_do() {
+        let failure = Failure::from(Problem::field("memory_mib", 0, "at least 32"));
+        let said = text(&failure, Format::Table).expect("a problem");
+        assert_eq!(said, "error: memory_mib is '0': expected at least 32");
+        let busy = problem(ProblemCode::Busy).at("vm", "default/books", "no operation on it");
+        let said = text(&busy.into(), Format::Table).expect("a problem");
+        assert_eq!(
+            said,
+            "error: it did not work\n  field: vm\n  value: default/books\n  expected: no operation on it\n  \
+             'berth operation list --active' shows what is going on; wait for it, or cancel it"
+        );
+    }
+
+    #[test]
+    fn an_error_as_json_is_the_problem_itself() {
+        let failure = Failure::from(Problem::not_found("vm", "default/books"));
+        let said = text(&failure, Format::Json).expect("a problem");
+        let read: Problem = serde_json::from_str(&said).expect("json");
+        assert_eq!(Some(&read), failure.problem());
+    }
+
+    #[test]
+    fn what_a_guest_or_a_host_wrote_can_not_drive_the_terminal() {
+        let failure =
+            Failure::from(Problem::new(ProblemCode::Hypervisor, "qemu said \x1b]0;owned\x07\x1b[2J"));
+        let said = text(&failure, Format::Table).expect("a problem");
+        assert!(!said.contains('\x1b') && !said.contains('\x07'), "{said:?}");
+    }
+
+    #[test]
+    fn json_is_found_in_arguments_that_do_not_parse() {
+        let asks = |line: &str| wants_json(line.split(' ').map(OsString::from));
+        assert!(
+            asks("berth vm crate --output json") && asks("berth -o json vm") && asks("berth --output=json")
+        );
+        assert!(!asks("berth vm create json --output yaml"));
+    }
+}

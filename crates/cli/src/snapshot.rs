@@ -1,0 +1,256 @@
+//! `berth snapshot`: VMs at one instant, and back to it.
+
+mod tree;
+
+use berth_api::endpoint::Nothing;
+use berth_api::manager::{
+    ChangeQuery, CreateSnapshot, PageQuery, RestoreVm, SnapshotCreate, SnapshotDelete, SnapshotList,
+    SnapshotPin, SnapshotShow, SnapshotUnpin, VmRestore, VmShow,
+};
+use berth_model::SnapshotId;
+use berth_model::access::Action;
+use berth_model::name::Name;
+use berth_model::operation::{Operation, OperationResult};
+use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotFacts};
+use clap::{Args, Subcommand};
+
+use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
+use crate::exit::Failure;
+use crate::lookup::{HostNames, VmRef, parse_name};
+use crate::output::{Facts, instant, word};
+use crate::session::Session;
+use crate::{operation, units, wait};
+
+/// The word for the VM's baseline, whatever its snapshot is called.
+const BASELINE: &str = "baseline";
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Take a snapshot of disk, memory and devices
+    Create(CreateArguments),
+    /// Show a VM's snapshots as a tree; NOW is where the VM is
+    List {
+        /// The VM
+        vm: VmRef,
+        #[command(flatten)]
+        list: ListArguments,
+    },
+    /// Show a snapshot
+    Show(Which),
+    /// Put a VM back to a snapshot, running as it was then; an undo snapshot is taken first
+    Restore(RestoreArguments),
+    /// Delete a snapshot; the others stay
+    Delete {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        change: ChangeArguments,
+    },
+    /// Make a snapshot the VM's baseline, and hold it against deletion
+    Pin {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
+    },
+    /// Hold a snapshot no longer
+    Unpin {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
+    },
+}
+
+/// A snapshot of a VM.
+#[derive(Debug, Args)]
+pub struct Which {
+    /// The VM
+    vm: VmRef,
+    /// The snapshot's name or id; 'baseline' is the VM's baseline
+    snapshot: String,
+}
+
+/// What to take.
+#[derive(Debug, Args)]
+pub struct CreateArguments {
+    /// The VM
+    vm: VmRef,
+    /// Its name; made of the time without it
+    #[arg(long, value_parser = parse_name)]
+    name: Option<Name>,
+    /// A word about it
+    #[arg(long, default_value = "")]
+    note: String,
+    #[command(flatten)]
+    change: ChangeArguments,
+}
+
+/// Where to put the VM back to.
+#[derive(Debug, Args)]
+pub struct RestoreArguments {
+    /// The VM
+    vm: VmRef,
+    /// The snapshot's name or id; the baseline without it
+    snapshot: Option<String>,
+    /// Don't take an undo snapshot first: what the VM is now is lost
+    #[arg(long)]
+    no_undo: bool,
+    #[command(flatten)]
+    change: ChangeArguments,
+}
+
+/// Does it.
+///
+/// # Errors
+/// When the manager refuses or can't be reached, and the operation's failure.
+pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
+    match verb {
+        Verb::Create(arguments) => create(session, arguments).await,
+        Verb::List { vm, list } => show_tree(session, &vm, list.limit).await,
+        Verb::Show(which) => {
+            let snapshot = find(session, &which).await?;
+            session.output.one(&snapshot, || facts(&snapshot))
+        }
+        Verb::Restore(arguments) => restore(session, arguments).await,
+        Verb::Delete { which, change } => delete(session, &which, change).await,
+        Verb::Pin { which, dry_run } => pin(session, &which, dry_run).await,
+        Verb::Unpin { which, dry_run } => unpin(session, &which, dry_run).await,
+    }
+}
+
+async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Failure> {
+    let CreateArguments { vm, name, note, change } = arguments;
+    let wish = CreateSnapshot { name, note };
+    let reply = session.send::<SnapshotCreate>(&vm.path(), &change_query(change), &wish).await?;
+    let Some(over) = wait::carry_through(session, change, reply).await? else { return Ok(()) };
+    let name = match &over.result {
+        Some(OperationResult::Snapshot { snapshot, .. }) => name_of(session, &vm, snapshot).await,
+        _ => String::new(),
+    };
+    wait::done(session, &over, |over| match &over.result {
+        Some(OperationResult::Snapshot { facts, .. }) => {
+            format!("{}: snapshot {name} taken, {}", over.subject, facts_in_words(facts))
+        }
+        _ => operation::outcome(over, &HostNames::default()),
+    })
+}
+
+/// The snapshot's name; its id if it is gone again.
+async fn name_of(session: &Session, vm: &VmRef, id: &SnapshotId) -> String {
+    let shown = session.ask::<SnapshotShow>(&vm.snapshot_path(id.as_str()), &Nothing {}).await;
+    shown.map_or_else(|_| id.to_string(), |snapshot| snapshot.name.to_string())
+}
+
+async fn restore(session: &Session, arguments: RestoreArguments) -> Result<(), Failure> {
+    let RestoreArguments { vm, snapshot, no_undo, change } = arguments;
+    // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
+    let wish = RestoreVm { snapshot: snapshot.filter(|name| name != BASELINE), no_undo };
+    let reply = session.send::<VmRestore>(&vm.path(), &change_query(change), &wish).await?;
+    wait::carry_through_and_tell(session, change, reply, tell).await
+}
+
+async fn delete(session: &Session, which: &Which, change: ChangeArguments) -> Result<(), Failure> {
+    let path = which.vm.snapshot_path(&resolve(session, which).await?);
+    let reply = session.ask::<SnapshotDelete>(&path, &change_query(change)).await?;
+    wait::carry_through_and_tell(session, change, reply, |_| {
+        format!("snapshot {} of {} is deleted", which.snapshot, which.vm)
+    })
+    .await
+}
+
+async fn pin(session: &Session, which: &Which, dry_run: DryRunArguments) -> Result<(), Failure> {
+    let path = which.vm.snapshot_path(&resolve(session, which).await?);
+    if dry_run.dry_run {
+        let found = session.ask::<SnapshotShow>(&path, &Nothing {}).await?;
+        let summary = format!("would make snapshot {} the baseline of {}", found.name, which.vm);
+        return session.would(Action::SnapshotPin, Some(which.vm.as_str()), &summary).await;
+    }
+    let pinned = session.ask::<SnapshotPin>(&path, &Nothing {}).await?;
+    session.output.done(&pinned, || format!("snapshot {} is the baseline of {}", pinned.name, which.vm))
+}
+
+async fn unpin(session: &Session, which: &Which, dry_run: DryRunArguments) -> Result<(), Failure> {
+    let path = which.vm.snapshot_path(&resolve(session, which).await?);
+    if dry_run.dry_run {
+        let found = session.ask::<SnapshotShow>(&path, &Nothing {}).await?;
+        let summary = format!("would no longer hold snapshot {} of {}", found.name, which.vm);
+        return session.would(Action::SnapshotPin, Some(which.vm.as_str()), &summary).await;
+    }
+    let unpinned = session.ask::<SnapshotUnpin>(&path, &Nothing {}).await?;
+    session.output.done(&unpinned, || {
+        format!("snapshot {} of {} is no longer held against deletion", unpinned.name, which.vm)
+    })
+}
+
+const fn change_query(change: ChangeArguments) -> ChangeQuery {
+    ChangeQuery { dry_run: if change.dry_run { Some(true) } else { None } }
+}
+
+async fn find(session: &Session, which: &Which) -> Result<Snapshot, Failure> {
+    let path = which.vm.snapshot_path(&resolve(session, which).await?);
+    session.ask::<SnapshotShow>(&path, &Nothing {}).await
+}
+
+/// The snapshot's name for a path: the word `baseline` is looked up.
+async fn resolve(session: &Session, which: &Which) -> Result<String, Failure> {
+    if which.snapshot != BASELINE {
+        return Ok(which.snapshot.clone());
+    }
+    let vm = session.ask::<VmShow>(&which.vm.path(), &Nothing {}).await?;
+    Ok(vm.status.baseline.map_or_else(|| BASELINE.to_owned(), |id| id.to_string()))
+}
+
+async fn show_tree(session: &Session, vm: &VmRef, limit: Option<u32>) -> Result<(), Failure> {
+    let found = session.ask::<VmShow>(&vm.path(), &Nothing {}).await?;
+    let query = |limit, cursor| PageQuery { limit, cursor };
+    let snapshots = session.pages::<SnapshotList, _>(&vm.path(), limit, query).await?;
+    session.output.list(&snapshots, || tree::table(&snapshots, &found.status))
+}
+
+fn tell(over: &Operation) -> String {
+    operation::outcome(over, &HostNames::default())
+}
+
+/// What a capture cost, in words: `guest paused 12.3 ms, 412 MiB on disk, in 1.10 s`.
+pub fn facts_in_words(facts: &SnapshotFacts) -> String {
+    let stored = units::bytes(facts.memory_stored_bytes.saturating_add(facts.disk_stored_bytes));
+    let total = units::millis(facts.total_ms);
+    if facts.has_memory {
+        format!("guest paused {}, {stored} on disk, in {total}", units::micros(facts.paused_us))
+    } else {
+        format!("disk only, {stored} on disk, in {total}")
+    }
+}
+
+/// What a restore cost, in words: `running 93 ms after the command`.
+pub fn restore_in_words(facts: &RestoreFacts, undo: Option<&SnapshotId>) -> String {
+    let running = format!("running {} after the command", units::micros(facts.running_us));
+    match undo {
+        Some(undo) => {
+            format!("{running}; {undo} undoes it (taken before in {})", units::micros(facts.undo_us))
+        }
+        None => running,
+    }
+}
+
+fn facts(snapshot: &Snapshot) -> Facts {
+    let captured = &snapshot.facts;
+    Facts::new()
+        .with("name", &snapshot.name)
+        .with("id", &snapshot.id)
+        .with("kind", word(&snapshot.kind))
+        .with("taken", instant(snapshot.created_at))
+        .with_some("parent", snapshot.parent.as_ref())
+        .with("pinned", if snapshot.pinned { "yes" } else { "no" })
+        .with_some("note", (!snapshot.note.is_empty()).then_some(&snapshot.note))
+        .with_some("expires", snapshot.expires_at.map(instant))
+        .with("memory", if captured.has_memory { units::bytes(captured.memory_bytes) } else { "none".into() })
+        .with("memory on disk", units::bytes(captured.memory_stored_bytes))
+        .with("disk on disk", units::bytes(captured.disk_stored_bytes))
+        .with("guest paused", units::micros(captured.paused_us))
+        .with("took", units::millis(captured.total_ms))
+        .with("rounds", captured.rounds)
+        .with("layers", captured.layers.len())
+}
