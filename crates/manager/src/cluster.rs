@@ -5,8 +5,9 @@
 //! in one process. A cluster that is shut down (or killed) leaves nothing that the next one on the same store would
 //! need: whatever was under way is in the records.
 
+use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use berth_api::pki::Authority;
 use berth_model::vm::Vm;
@@ -67,6 +68,7 @@ pub struct Cluster {
     pub settings: Settings,
     pub(crate) interference: Option<Arc<dyn Interference>>,
     deciding: Mutex<()>,
+    fetching: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -100,6 +102,7 @@ impl Cluster {
             settings: parts.settings,
             interference,
             deciding: Mutex::new(()),
+            fetching: std::sync::Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }))
@@ -146,6 +149,14 @@ impl Cluster {
     /// only what a transaction names.
     pub async fn deciding(&self) -> MutexGuard<'_, ()> {
         self.deciding.lock().await
+    }
+
+    /// To be held while an image is fetched into a pool.
+    pub(crate) fn fetching(&self, place: &str) -> Arc<Mutex<()>> {
+        let mut fetching = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody holds are of no use any more.
+        fetching.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(fetching.entry(place.to_owned()).or_default())
     }
 
     /// A new id for an operation.

@@ -182,10 +182,18 @@ impl Records {
         Err(RecordsError::Conflict { key: format!("{}{id}", T::PREFIX) }.into())
     }
 
+    /// Waits until the copy in memory shows everything that is in the store now: after a conflict, before the next try.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn catch_up(&self) -> Result<(), RecordsError> {
+        let now = self.store.revision().await.map_err(RecordsError::Store)?;
+        self.follower.caught_up(now).await
+    }
+
     /// The record as the copy has it once it has got to everything that is in the store now.
     async fn fresh<T: Record>(&self, id: &str) -> Result<Arc<Row<T>>, RecordsError> {
-        let now = self.store.revision().await.map_err(RecordsError::Store)?;
-        self.follower.caught_up(now).await?;
+        self.catch_up().await?;
         self.get(id).ok_or_else(|| RecordsError::Missing { noun: T::NOUN, id: id.to_owned() })
     }
 
@@ -194,20 +202,9 @@ impl Records {
     /// # Errors
     /// When the store fails.
     pub async fn take_number(&self, counter: &str) -> Result<u64, RecordsError> {
-        let key = format!("/meta/counters/{counter}");
+        let key = counter_key(counter);
         for _ in 0..ATTEMPTS_MAX {
-            let entry = self.store.get(&key).await.map_err(RecordsError::Store)?;
-            let revision = entry.as_ref().map_or(Revision::ABSENT, |entry| entry.mod_revision);
-            let last: u64 = match &entry {
-                Some(entry) => serde_json::from_slice(&entry.value).map_err(|source| {
-                    RecordsError::Store(berth_store::Error::Undecodable {
-                        key: key.clone(),
-                        expected: "number",
-                        source,
-                    })
-                })?,
-                None => 0,
-            };
+            let (last, revision) = self.counter(&key).await?;
             let next = last + 1;
             let conditions = vec![berth_store::Condition::unchanged(&*key, revision)];
             let operations = vec![berth_store::Operation::put(&*key, next.to_string())];
@@ -220,10 +217,32 @@ impl Records {
         Err(RecordsError::Conflict { key })
     }
 
+    /// The number that a counter gave last; 0 if it never gave one.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn peek_number(&self, counter: &str) -> Result<u64, RecordsError> {
+        Ok(self.counter(&counter_key(counter)).await?.0)
+    }
+
+    async fn counter(&self, key: &str) -> Result<(u64, Revision), RecordsError> {
+        match self.store.get(key).await.map_err(RecordsError::Store)? {
+            Some(entry) => {
+                let last = decode(key, &entry.value).map_err(RecordsError::Store)?;
+                Ok((last, entry.mod_revision))
+            }
+            None => Ok((0, Revision::ABSENT)),
+        }
+    }
+
     /// Stops following; reads show what was last known.
     pub fn close(&self) {
         self.follower.stop();
     }
+}
+
+fn counter_key(counter: &str) -> String {
+    format!("/meta/counters/{counter}")
 }
 
 /// What a refusal of the store means here.

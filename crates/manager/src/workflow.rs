@@ -1,14 +1,25 @@
-//! What each kind of operation does, as lists of steps.
+//! What each kind of operation does: one file a noun, each beginning with its list of steps.
+//!
+//! [`vm`] holds what the workflows about VMs have in common, [`addresses`] and [`image`] what they need of networks and
+//! images.
 
 pub mod addresses;
 pub mod image;
 
+pub mod vm;
+
 pub mod create;
-pub mod delete;
-pub mod migration;
+mod wish;
+
 pub mod power;
-pub mod restore;
+
 pub mod snapshot;
+
+pub mod restore;
+
+pub mod migration;
+
+pub mod delete;
 
 use berth_model::operation::OperationKind;
 
@@ -30,22 +41,3 @@ pub(crate) const fn makes_well(kind: OperationKind) -> bool {
         | OperationKind::ImageDelete => false,
     }
 }
-
-macro_rules! stub {
-    ($($(#[$doc:meta])* $name:ident $kind:ident)*) => {$(
-        $(#[$doc])*
-        pub enum $name {}
-        impl crate::operations::step::Workflow for $name {
-            type Record = ();
-            const KIND: berth_model::operation::OperationKind = berth_model::operation::OperationKind::$kind;
-            const STEPS: &'static [crate::operations::step::Step<Self>] = &[];
-            async fn check<'a>(
-                _desk: &'a crate::operations::step::Desk<'a>,
-                _request: &'a crate::operations::OperationRequest,
-            ) -> Result<crate::operations::step::Plan<Self>, berth_model::Problem> {
-                Err(crate::operations::step::wrong_request())
-            }
-        }
-    )*};
-}
-pub(crate) use stub;

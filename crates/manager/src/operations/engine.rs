@@ -81,7 +81,7 @@ async fn begin_as<W: Workflow>(
                 spawn::<W>(cluster, handle, false)?;
                 return Ok(OperationRef { operation: Some(operation), summary, vm });
             }
-            Err(RecordsError::Conflict { .. }) => {}
+            Err(RecordsError::Conflict { .. }) => cluster.records.catch_up().await?,
             Err(error) => return Err(error.into()),
         }
     }

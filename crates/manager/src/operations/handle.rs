@@ -150,7 +150,7 @@ impl Handle {
                         format!("operation {} is being run by another manager", self.id),
                     ));
                 }
-                Err(RecordsError::Conflict { .. }) => {}
+                Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
                 Err(error) => {
                     tracing::error!(operation = %self.id, %error, "an operation can't be written down");
                     tokio::time::sleep(SAVE_AGAIN_AFTER).await;

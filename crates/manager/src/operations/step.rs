@@ -163,7 +163,7 @@ pub struct Command<'a> {
     /// The VM it is about; none for images.
     pub vm: Option<&'a VmId>,
     /// What it is called within the operation; unique there.
-    pub label: &'static str,
+    pub label: &'a str,
     /// What is to be done.
     pub spec: TaskSpec,
 }
@@ -172,6 +172,11 @@ impl<W: Workflow> Run<W> {
     /// The operation's id.
     pub fn id(&self) -> &OperationId {
         &self.handle.id
+    }
+
+    /// Whether what was done is being undone.
+    pub fn is_undoing(&self) -> bool {
+        self.undoing
     }
 
     /// Says what is being done.
@@ -183,17 +188,33 @@ impl<W: Workflow> Run<W> {
     ///
     /// # Errors
     /// Why the agent did not do it, or that it was not to be reached.
-    pub async fn command(&self, command: Command<'_>) -> Result<TaskOutput, Problem> {
+    pub fn command<'a>(&'a self, command: Command<'a>) -> BoxFuture<'a, Result<TaskOutput, Problem>> {
         let patience = Patience::For(STEP_PATIENCE);
-        self.drive(command, patience).await.map_err(DriveError::into_problem)
+        Box::pin(async move { self.drive(command, patience).await.map_err(DriveError::into_problem) })
     }
 
     /// The same for a task whose outcome must be known whatever it takes.
     ///
     /// # Errors
     /// Why the agent did not do it.
-    pub async fn command_to_the_end(&self, command: Command<'_>) -> Result<TaskOutput, Problem> {
-        self.drive(command, Patience::Endless).await.map_err(DriveError::into_problem)
+    pub fn command_to_the_end<'a>(
+        &'a self,
+        command: Command<'a>,
+    ) -> BoxFuture<'a, Result<TaskOutput, Problem>> {
+        Box::pin(
+            async move { self.drive(command, Patience::Endless).await.map_err(DriveError::into_problem) },
+        )
+    }
+
+    /// The same, whether the operation is being cancelled or not.
+    ///
+    /// # Errors
+    /// Why the agent did not do it.
+    pub async fn insist(&self, command: Command<'_>) -> Result<TaskOutput, Problem> {
+        let put = self.put(&command).await?;
+        let task = self.task_id(command.label);
+        let driven = self.drive_as(command.host, task, put, Patience::Endless, true).await;
+        driven.map_err(DriveError::into_problem)
     }
 
     /// Has an agent remove something. If it can't be reached, that is written down and done as soon as it can.
@@ -282,8 +303,19 @@ impl<W: Workflow> Run<W> {
         put: PutTask,
         patience: Patience,
     ) -> Result<TaskOutput, DriveError> {
+        self.drive_as(host, task, put, patience, self.undoing).await
+    }
+
+    async fn drive_as(
+        &self,
+        host: &HostId,
+        task: String,
+        put: PutTask,
+        patience: Patience,
+        deaf_to_cancel: bool,
+    ) -> Result<TaskOutput, DriveError> {
         let (cluster, handle) = (Arc::clone(&self.cluster), Arc::clone(&self.handle));
-        let ear = Ear { cluster, handle, deaf_to_cancel: self.undoing };
+        let ear = Ear { cluster, handle, deaf_to_cancel };
         Drive { cluster: &self.cluster, host, task, put, patience, listener: &ear }.run().await
     }
 

@@ -27,6 +27,11 @@ impl AddressRange {
         Ipv4Addr::from(self.network + 1)
     }
 
+    /// Whether an address is of this range.
+    pub fn contains(&self, address: Ipv4Addr) -> bool {
+        u32::from(address) & !(u32::MAX >> self.prefix_bits) == self.network
+    }
+
     /// The first free address, with the prefix length.
     ///
     /// # Errors

@@ -1,2 +1,150 @@
-//! Stub.
-super::stub! { CreateVm VmCreate }
+//! `vm.create`: from a wish to a running VM.
+//!
+//! Everything that can be refused is refused before anything is written: the wish becomes a whole [`VmSpec`] and a
+//! host is chosen, both under the lock that also other decisions about room and addresses take. The VM's record and
+//! name exist from the beginning of the operation, so that the name is taken and the memory counted; whatever fails
+//! later removes both again. Afterwards the VM runs (or rests, if so wished) on its host, or never was.
+
+use berth_api::agent::TaskSpec;
+use berth_model::operation::OperationKind;
+use berth_model::vm::{GuestState, Vm, VmSpec, VmState, VmStatus};
+use berth_model::{HostId, Problem, ProblemCode, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::vm::{definition, first_layer, settle};
+use super::{image, wish};
+use crate::operations::OperationRequest;
+use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::records::{RecordsError, Transaction, UniqueName};
+
+/// The counter that VM numbers come from.
+const NUMBERS: &str = "vm-number";
+
+/// See the module's head.
+pub enum CreateVm {}
+
+/// What is known of the creation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreateVmRecord {
+    vm: VmId,
+    host: HostId,
+    spec: VmSpec,
+    stopped: bool,
+}
+
+impl Workflow for CreateVm {
+    type Record = CreateVmRecord;
+    const KIND: OperationKind = OperationKind::VmCreate;
+    const DECIDES: bool = true;
+    const STEPS: &'static [Step<Self>] = &[
+        step!("record", recorded, forget),
+        step!("fetch-image", fetch_image),
+        step!("prepare", prepare, remove),
+        // Removing, which undoes the preparation, stops what runs.
+        step!("start", start),
+    ];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::VmCreate { wish } = request else { return Err(wrong_request()) };
+        let cluster = desk.cluster;
+        let segment = cluster.records.find_segment(&wish.segment)?;
+        let name = UniqueName::vm(&segment.value.id, &wish.name);
+        if cluster.records.id_of(&name).is_some() {
+            return Err(RecordsError::Taken { noun: "vm".to_owned(), name: wish.name.to_string() }.into());
+        }
+        // A number is used up only by a wish that could be granted.
+        let number = u32::try_from(cluster.records.peek_number(NUMBERS).await? + 1).unwrap_or(u32::MAX);
+        let spec = wish::spec(cluster, wish, &segment, number)?;
+        let host = wish::host(cluster, wish, &spec)?;
+        if !desk.dry_run && cluster.records.take_number(NUMBERS).await? != u64::from(number) {
+            return Err(Problem::new(ProblemCode::Internal, "VM numbers are given without their lock"));
+        }
+        let id = cluster.new_vm_id();
+        let vm = Vm {
+            id: id.clone(),
+            number,
+            segment: segment.value.id.clone(),
+            segment_name: segment.name.clone(),
+            name: wish.name.clone(),
+            status: new_status(&id, &host),
+            spec: spec.clone(),
+            created_at: cluster.clock.now(),
+        };
+        let mut transaction = Transaction::new();
+        transaction.claim(&name, id.as_str());
+        transaction.unchanged(&segment);
+        let (subject, at) = (vm.full_name(), cluster.host_name(&host));
+        let then = if wish.stopped { "leave it stopped" } else { "start it" };
+        Ok(Plan {
+            summary: format!("create {subject} on host {at} and {then}"),
+            subject,
+            record: CreateVmRecord { vm: id, host, spec, stopped: wish.stopped },
+            about: About::NewVm(Box::new(vm)),
+            transaction,
+        })
+    }
+}
+
+fn new_status(id: &VmId, host: &HostId) -> VmStatus {
+    VmStatus {
+        state: VmState::Stopped,
+        host: Some(host.clone()),
+        guest: GuestState::Off,
+        baseline: None,
+        baseline_note: None,
+        at_snapshot: None,
+        top_layer: first_layer(id),
+        operation: None,
+        generation: 0,
+        trouble: None,
+    }
+}
+
+/// The record was written in the transaction that began the operation.
+async fn recorded(_run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    Ok(())
+}
+
+async fn forget(run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    let records = &run.cluster.records;
+    loop {
+        let Some(vm) = records.get::<Vm>(run.record.vm.as_str()) else { return Ok(()) };
+        let mut transaction = Transaction::new();
+        transaction.remove(&vm);
+        transaction.release(&UniqueName::vm(&vm.segment, &vm.name));
+        match records.commit(transaction).await {
+            Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
+            other => return other.map(drop).map_err(Into::into),
+        }
+    }
+}
+
+async fn fetch_image(run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    let CreateVmRecord { host, spec, .. } = &run.record;
+    image::ensure(run, &spec.image, host, &spec.pool).await
+}
+
+async fn prepare(run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    let CreateVmRecord { vm, host, .. } = &run.record;
+    let row = run.cluster.records.require::<Vm>(vm.as_str())?;
+    let spec = TaskSpec::PrepareVm { definition: definition(&run.cluster, &row)? };
+    run.command(Command { host, vm: Some(vm), label: "prepare", spec }).await?;
+    Ok(())
+}
+
+async fn remove(run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    let CreateVmRecord { vm, host, spec, .. } = &run.record;
+    let spec = TaskSpec::DeleteVm { pool: spec.pool.clone(), keep_files: false };
+    let command = Command { host, vm: Some(vm), label: "remove", spec };
+    run.command_or_owe(command, "the VM's creation failed").await
+}
+
+async fn start(run: &mut Run<CreateVm>) -> Result<(), Problem> {
+    let CreateVmRecord { vm, host, stopped, .. } = &run.record;
+    if *stopped {
+        return Ok(());
+    }
+    super::power::start_on(run, vm, host).await?;
+    run.change_status(vm, |status| settle(status, VmState::Running)).await?;
+    Ok(())
+}

@@ -1,11 +1,20 @@
-//! Stub.
-super::stub! { DeleteImage ImageDelete }
+//! Images: bringing one to a pool that lacks it, and deleting one everywhere.
 
-use crate::records::{Row, UniqueName};
-use berth_model::ImageId;
+use berth_api::agent::TaskSpec;
+use berth_model::host::{Host, HostState};
 use berth_model::image::Image;
+use berth_model::name::Name;
+use berth_model::operation::OperationKind;
+use berth_model::vm::Vm;
+use berth_model::{HostId, ImageId, Problem, ProblemCode};
+use serde::{Deserialize, Serialize};
 
-/// What an operation on an image holds, so that there is one at a time.
+use crate::cluster::Cluster;
+use crate::operations::OperationRequest;
+use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::records::{ImagePlace, RecordsError, Row, Transaction, UniqueName};
+
+/// What an operation on an image holds, so that there is one at a time and no VM is made of it meanwhile.
 pub(crate) fn slot(image: &Row<Image>) -> UniqueName {
     slot_of(&image.value.id)
 }
@@ -14,4 +23,162 @@ pub(crate) fn slot(image: &Row<Image>) -> UniqueName {
 pub(crate) fn slot_of(image: &ImageId) -> UniqueName {
     let name = image.as_str().parse().expect("an id has the form of a name");
     UniqueName::in_cluster("image-slot", &name)
+}
+
+/// That an operation is changing the image, if one is.
+pub(crate) fn busy(cluster: &Cluster, image: &Row<Image>) -> Option<Problem> {
+    let first = cluster.records.id_of(&slot(image))?;
+    let message = format!("image {} is being changed by image.delete {first}", image.name);
+    Some(Problem::new(ProblemCode::Busy, message).at("operation", first, "no other operation on this image"))
+}
+
+/// Makes an image present in a host's pool by having it fetched from a host that has it.
+pub(crate) async fn ensure<W: Workflow>(
+    run: &Run<W>,
+    image: &ImageId,
+    host: &HostId,
+    pool: &Name,
+) -> Result<(), Problem> {
+    let records = &run.cluster.records;
+    let image = records.require::<Image>(image.as_str())?;
+    let host = records.require::<Host>(host.as_str())?;
+    let Some(pool_uuid) = host.pool(pool).map(|report| report.pool_uuid.clone()) else {
+        return Err(Problem::new(ProblemCode::NoPlacement, format!("host {} has no pool {pool}", host.name)));
+    };
+    let place = ImagePlace { image: image.value.id.clone(), pool_uuid, pool: pool.clone() };
+    let place_id = ImagePlace::id_of(&place.image, &place.pool_uuid);
+    // Of several VMs that need it at once, one fetches and the others wait.
+    let fetching = run.cluster.fetching(&place_id);
+    let _turn = fetching.lock().await;
+    if records.get::<ImagePlace>(&place_id).is_some() {
+        return Ok(());
+    }
+    let from = holder(&run.cluster, &image, pool)?;
+    run.phase(&format!("fetching image {} from host {}", image.name, from.name));
+    let spec = TaskSpec::FetchImage {
+        image: image.value.clone(),
+        pool: pool.clone(),
+        from: from.value.id.clone(),
+        from_address: from.address.clone(),
+    };
+    run.command(Command { host: &host.value.id, vm: None, label: "fetch-image", spec }).await?;
+    let mut transaction = Transaction::new();
+    transaction.put(&place);
+    records.commit(transaction).await?;
+    Ok(())
+}
+
+/// A host that answers and has the image in a pool of this name.
+fn holder(cluster: &Cluster, image: &Row<Image>, pool: &Name) -> Result<std::sync::Arc<Row<Host>>, Problem> {
+    let places = cluster.records.places_of(&image.value.id);
+    let has = |host: &Host| {
+        host.state == HostState::Online
+            && host
+                .pool(pool)
+                .is_some_and(|report| places.iter().any(|place| place.pool_uuid == report.pool_uuid))
+    };
+    cluster.records.list::<Host>().into_iter().find(|host| has(host)).ok_or_else(|| {
+        let message = format!("no host that answers has image {} in its pool {pool}", image.name);
+        Problem::new(ProblemCode::Unreachable, message)
+    })
+}
+
+/// `image.delete`: removes an image that no VM needs. Failing half-way, it is still declared and may be deleted again.
+pub enum DeleteImage {}
+
+/// What is known of the deletion.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeleteImageRecord {
+    image: ImageId,
+}
+
+impl Workflow for DeleteImage {
+    type Record = DeleteImageRecord;
+    const KIND: OperationKind = OperationKind::ImageDelete;
+    const DECIDES: bool = true;
+    const STEPS: &'static [Step<Self>] =
+        &[step!("check-unused", check_unused), step!("remove", remove; no_return), step!("forget", forget)];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::ImageDelete { image } = request else { return Err(wrong_request()) };
+        let row = desk.cluster.records.require::<Image>(image.as_str())?;
+        if let Some(problem) = busy(desk.cluster, &row) {
+            return Err(problem);
+        }
+        unused(desk.cluster, image)?;
+        Ok(Plan {
+            subject: row.name.to_string(),
+            summary: format!("delete image {} from every pool", row.name),
+            record: DeleteImageRecord { image: image.clone() },
+            about: About::Image(row),
+            transaction: Transaction::new(),
+        })
+    }
+}
+
+fn unused(cluster: &Cluster, image: &ImageId) -> Result<(), Problem> {
+    let users: Vec<String> = cluster
+        .records
+        .list::<Vm>()
+        .iter()
+        .filter(|vm| vm.spec.image == *image)
+        .map(|vm| vm.full_name())
+        .collect();
+    match users.as_slice() {
+        [] => Ok(()),
+        [first, ..] => {
+            let message = format!("the disks of {} VMs stand on this image, {first} among them", users.len());
+            Err(Problem::new(ProblemCode::Protected, message))
+        }
+    }
+}
+
+/// The slot is held now, so that what is seen here stays so.
+async fn check_unused(run: &mut Run<DeleteImage>) -> Result<(), Problem> {
+    unused(&run.cluster, &run.record.image)
+}
+
+async fn remove(run: &mut Run<DeleteImage>) -> Result<(), Problem> {
+    let image = run.record.image.clone();
+    let hosts = run.cluster.records.list::<Host>();
+    for place in run.cluster.records.places_of(&image) {
+        let seen = |host: &&std::sync::Arc<Row<Host>>| {
+            host.pool(&place.pool).is_some_and(|report| report.pool_uuid == place.pool_uuid)
+        };
+        // Any host that sees the pool will do, one that answers rather than another.
+        let mut who: Vec<_> = hosts.iter().filter(seen).collect();
+        who.sort_by_key(|host| host.state == HostState::Offline);
+        if let Some(host) = who.first() {
+            let spec = TaskSpec::DeleteImage { image: image.clone(), pool: place.pool.clone() };
+            let command = Command {
+                host: &host.value.id,
+                vm: None,
+                label: &format!("remove-{}", place.pool_uuid),
+                spec,
+            };
+            run.command_or_owe(command, "the image was deleted").await?;
+        }
+        forget_place(run, &place).await?;
+    }
+    Ok(())
+}
+
+async fn forget_place(run: &Run<DeleteImage>, place: &Row<ImagePlace>) -> Result<(), Problem> {
+    let mut transaction = Transaction::new();
+    transaction.forget::<ImagePlace>(&place.id);
+    run.cluster.records.commit(transaction).await?;
+    Ok(())
+}
+
+async fn forget(run: &mut Run<DeleteImage>) -> Result<(), Problem> {
+    loop {
+        let Some(image) = run.cluster.records.get::<Image>(run.record.image.as_str()) else { return Ok(()) };
+        let mut transaction = Transaction::new();
+        transaction.remove(&image);
+        transaction.release(&UniqueName::in_cluster("image", &image.name));
+        match run.cluster.records.commit(transaction).await {
+            Err(RecordsError::Conflict { .. }) => run.cluster.records.catch_up().await?,
+            other => return other.map(drop).map_err(Into::into),
+        }
+    }
 }

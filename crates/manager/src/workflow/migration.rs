@@ -1,2 +1,268 @@
-//! Stub.
-super::stub! { MigrateVm VmMigrate }
+//! `vm.migrate`: a running VM to another host.
+//!
+//! ```mermaid
+//! sequenceDiagram
+//!     manager->>target: FetchImage (if its pool lacks it), AdmitMigration
+//!     manager->>source: MoveVm
+//!     source->>target: layers, memory, device state
+//!     source->>source: handed over, durably
+//!     source->>target: run
+//!     source-->>manager: Moved
+//!     Note over manager: point of no return
+//!     manager->>manager: the VM is on the target
+//!     manager->>source: DeleteVm (of what is left)
+//! ```
+//!
+//! Afterwards the VM runs on the target and nothing is left on the source; or it runs on the source as before and
+//! nothing is left on the target. Between the source's handing over and its answer it may be that nobody tells where
+//! the guest runs ([`hand_over`]): then both hosts are asked until one of the two is certain, however long that takes.
+//! A host that can't be asked is never taken for one on which nothing runs.
+
+mod hand_over;
+
+use std::sync::Arc;
+
+use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_model::host::Host;
+use berth_model::migration::MigrationReport;
+use berth_model::name::Name;
+use berth_model::operation::{OperationKind, OperationResult};
+use berth_model::placement;
+use berth_model::vm::{Vm, VmState};
+use berth_model::{HostId, LayerId, Problem, ProblemCode, Timestamp, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::image;
+use super::vm::{definition, look, reachable_host, settle, with_candidates, wrong_state};
+use crate::cluster::Cluster;
+use crate::operations::OperationRequest;
+use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::records::{Debt, Row, Transaction};
+
+/// How many layers may be frozen on the way. Each pass over the disk of a guest that writes takes one; a guest that
+/// still writes too fast after that many is not going to be caught up with by more of them.
+const SPARE_LAYERS: usize = 16;
+
+/// See the module's head.
+pub enum MigrateVm {}
+
+/// What is known of a migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrateVmRecord {
+    vm: VmId,
+    source: HostId,
+    target: HostId,
+    pool: Name,
+    image: berth_model::ImageId,
+    shared_pool: bool,
+    bandwidth_bytes_per_second: Option<u64>,
+    spare_layers: Vec<LayerId>,
+    began_at: Timestamp,
+    moved: Option<Moved>,
+}
+
+/// That the guest runs on the target.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Moved {
+    report: MigrationReport,
+    top: Option<LayerId>,
+}
+
+impl Workflow for MigrateVm {
+    type Record = MigrateVmRecord;
+    const KIND: OperationKind = OperationKind::VmMigrate;
+    const DECIDES: bool = true;
+    const STEPS: &'static [Step<Self>] = &[
+        step!("fetch-image", fetch_image),
+        step!("admit", admit, refuse),
+        step!("move", move_vm, stay; no_return),
+        step!("record", record),
+        step!("forget-on-source", forget_on_source),
+    ];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::VmMigrate { wish, .. } = request else { return Err(wrong_request()) };
+        let cluster = desk.cluster;
+        let vm = desk.vm()?;
+        if wish.bandwidth_bytes_per_second == Some(0) {
+            return Err(Problem::field("bandwidth_bytes_per_second", 0, "at least 1"));
+        }
+        let source = reachable_host(cluster, vm)?;
+        let named = wish.target.as_deref().map(|name| cluster.records.find_host(name)).transpose()?;
+        if let Some(target) = &named
+            && target.value.id == source.value.id
+        {
+            let message = format!("{} is on host {} already", vm.full_name(), source.name);
+            let expected = format!("a host other than {}", source.name);
+            return Err(Problem::new(ProblemCode::InvalidInput, message).at(
+                "target",
+                &target.name,
+                expected,
+            ));
+        }
+        if vm.status.state != VmState::Running {
+            return Err(wrong_state(vm, "to migrate", "running"));
+        }
+        let target = choose(cluster, vm, &source, named)?;
+        let pool_uuid = |host: &Host| host.pool(&vm.spec.pool).map(|pool| pool.pool_uuid.clone());
+        let shared_pool = pool_uuid(&source).is_some() && pool_uuid(&source) == pool_uuid(&target);
+        Ok(Plan {
+            subject: vm.full_name(),
+            summary: format!("move {} from host {} to host {}", vm.full_name(), source.name, target.name),
+            record: MigrateVmRecord {
+                vm: vm.value.id.clone(),
+                source: source.value.id.clone(),
+                target: target.value.id.clone(),
+                pool: vm.spec.pool.clone(),
+                image: vm.spec.image.clone(),
+                shared_pool,
+                bandwidth_bytes_per_second: wish.bandwidth_bytes_per_second,
+                spare_layers: (0..SPARE_LAYERS).map(|_| cluster.new_layer_id()).collect(),
+                began_at: cluster.clock.now(),
+                moved: None,
+            },
+            about: About::Vm(Arc::clone(vm)),
+            transaction: Transaction::new(),
+        })
+    }
+
+    fn result(record: &Self::Record) -> OperationResult {
+        match &record.moved {
+            Some(moved) => OperationResult::Migration { report: moved.report.clone() },
+            None => OperationResult::Done,
+        }
+    }
+
+    fn target(record: &Self::Record) -> Option<(VmId, HostId)> {
+        Some((record.vm.clone(), record.target.clone()))
+    }
+}
+
+/// The named host, if it can take the VM, or the best that can.
+fn choose(
+    cluster: &Cluster,
+    vm: &Vm,
+    source: &Row<Host>,
+    named: Option<Arc<Row<Host>>>,
+) -> Result<Arc<Row<Host>>, Problem> {
+    if let Some(target) = named {
+        let refusal = with_candidates(cluster, std::slice::from_ref(&target), |candidates| {
+            candidates.first().and_then(|candidate| placement::refusal(&vm.spec, candidate))
+        });
+        return match refusal.or_else(|| still_owing(cluster, vm, &target)) {
+            Some(reason) => {
+                let message = format!("host {} can't take {}: {reason}", target.name, vm.full_name());
+                let expected = "a host that can take the VM";
+                Err(Problem::new(ProblemCode::NoPlacement, message).at("target", &target.name, expected))
+            }
+            None => Ok(target),
+        };
+    }
+    let mut hosts = cluster.records.list::<Host>();
+    hosts.retain(|host| host.value.id != source.value.id && still_owing(cluster, vm, host).is_none());
+    if hosts.is_empty() {
+        let message =
+            format!("there is no host other than {} that {} could go to", source.name, vm.full_name());
+        return Err(Problem::new(ProblemCode::NoPlacement, message));
+    }
+    let best = with_candidates(cluster, &hosts, |candidates| placement::place(&vm.spec, candidates))?;
+    cluster.records.require(best.as_str())
+}
+
+/// A host that has still to remove something of the VM must not get it back before that is done.
+fn still_owing(cluster: &Cluster, vm: &Vm, host: &Row<Host>) -> Option<String> {
+    let debts = cluster.records.list_below::<Debt>(&format!("{}/", host.id));
+    debts
+        .iter()
+        .any(|debt| debt.put.vm.as_ref() == Some(&vm.id))
+        .then(|| "it has still to remove what an earlier operation left of this VM".to_owned())
+}
+
+async fn fetch_image(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let MigrateVmRecord { image, target, pool, .. } = &run.record;
+    image::ensure(run, image, target, pool).await
+}
+
+async fn admit(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let MigrateVmRecord { vm, source, target, shared_pool, .. } = &run.record;
+    let row = run.cluster.records.require::<Vm>(vm.as_str())?;
+    let mut definition = definition(&run.cluster, &row)?;
+    for forward in definition.spec.nics.iter_mut().flat_map(|nic| nic.forwards.iter_mut()) {
+        // The port on the source's host says nothing about the target's: any free one.
+        forward.host_port = 0;
+    }
+    let spec = TaskSpec::AdmitMigration {
+        migration: run.id().clone(),
+        definition,
+        source: source.clone(),
+        shared_pool: *shared_pool,
+    };
+    run.command(Command { host: target, vm: Some(vm), label: "admit", spec }).await?;
+    Ok(())
+}
+
+async fn refuse(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let MigrateVmRecord { vm, target, shared_pool, .. } = &run.record;
+    let spec = TaskSpec::RefuseMigration { migration: run.id().clone(), shared_pool: *shared_pool };
+    let command = Command { host: target, vm: Some(vm), label: "refuse", spec };
+    run.command_or_owe(command, "the migration to this host was given up").await
+}
+
+/// Does nothing that could fail once the guest runs on the target: that is noted in the next step.
+async fn move_vm(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let record = run.record.clone();
+    let vm = &record.vm;
+    run.change_status(vm, |status| {
+        if status.state == VmState::Running {
+            settle(status, VmState::Migrating);
+        }
+    })
+    .await?;
+    let target = run.cluster.records.require::<Host>(record.target.as_str())?;
+    let spec = TaskSpec::MoveVm {
+        migration: run.id().clone(),
+        target: record.target.clone(),
+        target_address: target.address.clone(),
+        shared_pool: record.shared_pool,
+        bandwidth_bytes_per_second: record.bandwidth_bytes_per_second,
+        spare_layers: record.spare_layers.clone(),
+    };
+    let command = Command { host: &record.source, vm: Some(vm), label: "move", spec };
+    let moved = tokio::select! {
+        answer = run.command_to_the_end(command) => match answer {
+            Ok(TaskOutput::Moved { report, top }) => Moved { report, top: Some(top) },
+            Ok(TaskOutput::HandedOver { report, top }) => {
+                hand_over::resolve(run, Moved { report, top: Some(top) }).await?
+            }
+            Ok(_) => return Err(Problem::new(ProblemCode::Internal, "the source moved and did not say what")),
+            Err(problem) => hand_over::after_failure(run, problem).await?,
+        },
+        moved = hand_over::seen_on_target(run) => moved,
+    };
+    run.record.moved = Some(moved);
+    Ok(())
+}
+
+async fn stay(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    look(run, &run.record.vm, &run.record.source).await
+}
+
+async fn record(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let MigrateVmRecord { vm, target, moved, .. } = &run.record;
+    run.change_status(vm, |status| {
+        status.host = Some(target.clone());
+        if let Some(top) = moved.as_ref().and_then(|moved| moved.top.as_ref()) {
+            status.top_layer = top.clone();
+        }
+        settle(status, VmState::Running);
+    })
+    .await?;
+    Ok(())
+}
+
+async fn forget_on_source(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
+    let MigrateVmRecord { vm, source, pool, shared_pool, .. } = &run.record;
+    let spec = TaskSpec::DeleteVm { pool: pool.clone(), keep_files: *shared_pool };
+    let command = Command { host: source, vm: Some(vm), label: "forget", spec };
+    run.command_or_owe(command, "the VM has moved to another host").await
+}

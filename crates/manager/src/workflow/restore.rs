@@ -1,2 +1,159 @@
-//! Stub.
-super::stub! { RestoreSnapshot SnapshotRestore }
+//! `snapshot.restore`: a VM back to what it was, as one step that can itself be taken back.
+//!
+//! A running or paused VM is first captured as an *undo snapshot*, which expires by itself: also one whose guest has
+//! panicked, because its QEMU is well. Restoring itself is one task of the agent, which leaves the VM as it was when
+//! it fails; then the undo snapshot is removed again, too. What became of that task must be known before the
+//! operation can end, so a host that stops answering in the middle of it is waited for.
+
+use std::sync::Arc;
+
+use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_model::operation::{OperationKind, OperationResult};
+use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotKind, UNDO_KEPT_MS};
+use berth_model::vm::{GuestState, Vm, VmState};
+use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, VmId};
+use serde::{Deserialize, Serialize};
+
+use super::snapshot::{Capture, drop_files, keep, take, unkeep};
+use super::vm::{definition, look, reachable_host, settle};
+use crate::operations::OperationRequest;
+use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::records::{Row, Transaction};
+
+/// See the module's head.
+pub enum RestoreSnapshot {}
+
+/// What is known of a restore.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RestoreRecord {
+    vm: VmId,
+    host: HostId,
+    snapshot: SnapshotId,
+    has_memory: bool,
+    new_top: LayerId,
+    undo: Option<Capture>,
+    facts: RestoreFacts,
+}
+
+impl Workflow for RestoreSnapshot {
+    type Record = RestoreRecord;
+    const KIND: OperationKind = OperationKind::SnapshotRestore;
+    const STEPS: &'static [Step<Self>] = &[
+        step!("undo-snapshot", take_undo, drop_undo),
+        step!("restore", restore, look_again; no_return),
+        step!("record", record),
+    ];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::SnapshotRestore { wish, .. } = request else { return Err(wrong_request()) };
+        let vm = desk.vm()?;
+        let host = reachable_host(desk.cluster, vm)?;
+        let snapshot = wanted(desk, vm, wish.snapshot.as_deref())?;
+        let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
+        let undo = if running && !wish.no_undo {
+            let mut capture = Capture::new(desk.cluster, vm, SnapshotKind::Undo, None)?;
+            capture.snapshot.note = format!("before the restore to {}", snapshot.name);
+            let expires_at = capture.snapshot.created_at.plus_millis(UNDO_KEPT_MS);
+            capture.snapshot.expires_at = Some(expires_at);
+            Some(capture)
+        } else {
+            None
+        };
+        let first = if undo.is_some() { "take an undo snapshot and " } else { "" };
+        Ok(Plan {
+            subject: vm.full_name(),
+            summary: format!("{first}put {} back to snapshot {}", vm.full_name(), snapshot.name),
+            record: RestoreRecord {
+                vm: vm.value.id.clone(),
+                host: host.value.id.clone(),
+                snapshot: snapshot.value.id.clone(),
+                has_memory: snapshot.facts.has_memory,
+                new_top: desk.cluster.new_layer_id(),
+                undo,
+                facts: RestoreFacts::default(),
+            },
+            about: About::Vm(Arc::clone(vm)),
+            transaction: Transaction::new(),
+        })
+    }
+
+    fn result(record: &Self::Record) -> OperationResult {
+        OperationResult::Restore {
+            snapshot: record.snapshot.clone(),
+            undo: record.undo.as_ref().map(|capture| capture.snapshot.id.clone()),
+            facts: record.facts.clone(),
+        }
+    }
+}
+
+fn wanted(desk: &Desk<'_>, vm: &Row<Vm>, named: Option<&str>) -> Result<Arc<Row<Snapshot>>, Problem> {
+    let records = &desk.cluster.records;
+    match (named, &vm.status.baseline) {
+        (Some(name), _) => records.find_snapshot(&vm.value.id, name),
+        (None, Some(baseline)) => records.find_snapshot(&vm.value.id, baseline.as_str()),
+        (None, None) => {
+            let why = vm.status.baseline_note.as_deref().unwrap_or("none was taken yet");
+            let message = format!("{} has no baseline to go back to: {why}", vm.full_name());
+            Err(Problem::new(ProblemCode::WrongState, message).at("snapshot", "", "the name of a snapshot"))
+        }
+    }
+}
+
+async fn take_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let Some(mut capture) = run.record.undo.clone() else { return Ok(()) };
+    capture.snapshot.facts = match take(run, &run.record.host, &capture, "undo-snapshot").await {
+        Ok(facts) => facts,
+        Err(mut problem) => {
+            problem.message = format!("no undo snapshot could be taken: {} (see no_undo)", problem.message);
+            return Err(problem);
+        }
+    };
+    keep(run, &capture).await?;
+    run.record.facts.undo_us = capture.snapshot.facts.total_ms.saturating_mul(1000);
+    run.record.undo = Some(capture);
+    Ok(())
+}
+
+async fn drop_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let Some(capture) = &run.record.undo else { return Ok(()) };
+    unkeep(run, &capture.snapshot).await?;
+    drop_files(run, &run.record.host, &capture.snapshot, "drop-undo").await?;
+    look(run, &run.record.vm, &run.record.host).await
+}
+
+async fn restore(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let RestoreRecord { vm, host, snapshot, new_top, .. } = &run.record;
+    let row = run.cluster.records.require::<Vm>(vm.as_str())?;
+    let spec = TaskSpec::RestoreSnapshot {
+        definition: definition(&run.cluster, &row)?,
+        snapshot: snapshot.clone(),
+        new_top: new_top.clone(),
+    };
+    let output = run.command_to_the_end(Command { host, vm: Some(vm), label: "restore", spec }).await?;
+    // Nothing that could fail may come after the deed: see `no_return`.
+    if let TaskOutput::Restored { facts } = output {
+        run.record.facts.running_us = facts.running_us;
+    } else {
+        tracing::error!(operation = %run.id(), ?output, "the agent restored and did not say how");
+    }
+    Ok(())
+}
+
+async fn look_again(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    look(run, &run.record.vm, &run.record.host).await
+}
+
+async fn record(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let RestoreRecord { vm, snapshot, has_memory, new_top, .. } = &run.record;
+    run.change_status(vm, |status| {
+        status.at_snapshot = Some(snapshot.clone());
+        status.top_layer = new_top.clone();
+        settle(status, if *has_memory { VmState::Running } else { VmState::Stopped });
+        // What was known of the guest was of the one before.
+        if *has_memory {
+            status.guest = GuestState::Booting;
+        }
+    })
+    .await?;
+    Ok(())
+}

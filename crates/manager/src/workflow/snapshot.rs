@@ -1,2 +1,310 @@
-//! Stub.
-super::stub! { CreateSnapshot SnapshotCreate DeleteSnapshot SnapshotDelete }
+//! Taking snapshots and deleting them: `snapshot.create`, `snapshot.delete`.
+
+use std::sync::Arc;
+
+use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_model::name::Name;
+use berth_model::operation::{OperationKind, OperationResult};
+use berth_model::snapshot::{Snapshot, SnapshotFacts, SnapshotKind};
+use berth_model::vm::{Vm, VmState};
+use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::vm::{reachable_host, wrong_state};
+use crate::cluster::Cluster;
+use crate::operations::OperationRequest;
+use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::records::{RecordsError, Row, Transaction, UniqueName};
+
+/// The name of a VM's first baseline.
+const BASELINE_NAME: &str = "baseline";
+
+/// `snapshot.create`: afterwards the snapshot is whole and recorded, or there is none; the VM goes on as it was.
+pub enum CreateSnapshot {}
+
+/// What is known of a snapshot that is being taken.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreateSnapshotRecord {
+    host: HostId,
+    capture: Capture,
+}
+
+/// A snapshot as it will be, and what the VM will stand on after it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Capture {
+    pub(super) snapshot: Snapshot,
+    pub(super) new_top: LayerId,
+}
+
+impl Workflow for CreateSnapshot {
+    type Record = CreateSnapshotRecord;
+    const KIND: OperationKind = OperationKind::SnapshotCreate;
+    const STEPS: &'static [Step<Self>] =
+        &[step!("capture", capture, discard), step!("record", record, unrecord)];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::SnapshotCreate { kind, name, note, .. } = request else {
+            return Err(wrong_request());
+        };
+        let vm = desk.vm()?;
+        let host = reachable_host(desk.cluster, vm)?;
+        if !matches!(vm.status.state, VmState::Running | VmState::Paused | VmState::Stopped) {
+            return Err(wrong_state(vm, "to take a snapshot", "running, paused or stopped"));
+        }
+        let mut capture = Capture::new(desk.cluster, vm, *kind, name.clone())?;
+        capture.snapshot.note.clone_from(note);
+        let what = if vm.status.state == VmState::Stopped { "its disk" } else { "disk, memory and devices" };
+        Ok(Plan {
+            subject: vm.full_name(),
+            summary: format!("take snapshot {} of {} ({what})", capture.snapshot.name, vm.full_name()),
+            record: CreateSnapshotRecord { host: host.value.id.clone(), capture },
+            about: About::Vm(Arc::clone(vm)),
+            transaction: Transaction::new(),
+        })
+    }
+
+    fn result(record: &Self::Record) -> OperationResult {
+        let snapshot = &record.capture.snapshot;
+        OperationResult::Snapshot { snapshot: snapshot.id.clone(), facts: snapshot.facts.clone() }
+    }
+}
+
+async fn capture(run: &mut Run<CreateSnapshot>) -> Result<(), Problem> {
+    run.record.capture.snapshot.facts = take(run, &run.record.host, &run.record.capture, "capture").await?;
+    Ok(())
+}
+
+async fn discard(run: &mut Run<CreateSnapshot>) -> Result<(), Problem> {
+    drop_files(run, &run.record.host, &run.record.capture.snapshot, "discard").await
+}
+
+async fn record(run: &mut Run<CreateSnapshot>) -> Result<(), Problem> {
+    keep(run, &run.record.capture).await
+}
+
+async fn unrecord(run: &mut Run<CreateSnapshot>) -> Result<(), Problem> {
+    unkeep(run, &run.record.capture.snapshot).await
+}
+
+impl Capture {
+    /// One that is to be taken of this VM now.
+    pub(super) fn new(
+        cluster: &Cluster,
+        vm: &Vm,
+        kind: SnapshotKind,
+        name: Option<Name>,
+    ) -> Result<Self, Problem> {
+        let now = cluster.clock.now();
+        let id = cluster.new_snapshot_id();
+        let taken = |name: &Name| cluster.records.id_of(&UniqueName::snapshot(&vm.id, name)).is_some();
+        let name = match name {
+            Some(name) if taken(&name) => {
+                return Err(
+                    RecordsError::Taken { noun: "snapshot".to_owned(), name: name.to_string() }.into()
+                );
+            }
+            Some(name) => name,
+            None => free_name(kind, now, &id, taken),
+        };
+        let snapshot = Snapshot {
+            id,
+            vm: vm.id.clone(),
+            name,
+            kind,
+            parent: vm.status.at_snapshot.clone(),
+            pinned: kind == SnapshotKind::Baseline,
+            note: String::new(),
+            facts: SnapshotFacts::default(),
+            created_at: now,
+            expires_at: None,
+        };
+        Ok(Self { snapshot, new_top: cluster.new_layer_id() })
+    }
+}
+
+/// A name made of the time; of the id as well, should the clock have been set back.
+fn free_name(kind: SnapshotKind, now: Timestamp, id: &SnapshotId, taken: impl Fn(&Name) -> bool) -> Name {
+    let time: String = now
+        .to_string()
+        .chars()
+        .map_while(|letter| match letter {
+            'Z' => None,
+            letter if letter.is_ascii_digit() => Some(letter),
+            _ => Some('-'),
+        })
+        .collect();
+    let candidates = match kind {
+        SnapshotKind::Baseline => [BASELINE_NAME.to_owned(), format!("{BASELINE_NAME}-{time}")],
+        SnapshotKind::Undo => [format!("undo-{time}"), format!("undo-{id}")],
+        SnapshotKind::Manual => [time, id.to_string()],
+    };
+    let names = candidates.into_iter().chain([id.to_string()]).filter_map(|text| text.parse::<Name>().ok());
+    let mut free = names.filter(|name| !taken(name));
+    free.next().expect("an id is a name that nobody has")
+}
+
+/// Has the host take a snapshot.
+pub(super) async fn take<W: Workflow>(
+    run: &Run<W>,
+    host: &HostId,
+    capture: &Capture,
+    label: &str,
+) -> Result<SnapshotFacts, Problem> {
+    let (vm, snapshot) = (&capture.snapshot.vm, capture.snapshot.id.clone());
+    let spec = TaskSpec::TakeSnapshot { snapshot, new_top: capture.new_top.clone() };
+    match run.command(Command { host, vm: Some(vm), label, spec }).await? {
+        TaskOutput::Snapshot { facts } => Ok(facts),
+        _ => Err(Problem::new(ProblemCode::Internal, "the agent took a snapshot and did not say which")),
+    }
+}
+
+/// Has the host remove a snapshot's files, now or when it is back.
+pub(super) async fn drop_files<W: Workflow>(
+    run: &Run<W>,
+    host: &HostId,
+    snapshot: &Snapshot,
+    label: &str,
+) -> Result<(), Problem> {
+    let spec = TaskSpec::DeleteSnapshot { snapshot: snapshot.id.clone() };
+    let command = Command { host, vm: Some(&snapshot.vm), label, spec };
+    run.command_or_owe(command, "the snapshot was given up").await
+}
+
+/// Records a snapshot that was taken, with its name and what the VM stands on now.
+pub(super) async fn keep<W: Workflow>(run: &Run<W>, capture: &Capture) -> Result<(), Problem> {
+    let snapshot = &capture.snapshot;
+    with_vm(run, snapshot, |vm, known, transaction| {
+        if known.is_some() {
+            return None;
+        }
+        transaction.create(snapshot);
+        transaction.claim(&UniqueName::snapshot(&snapshot.vm, &snapshot.name), snapshot.id.as_str());
+        vm.status.at_snapshot = Some(snapshot.id.clone());
+        vm.status.top_layer = capture.new_top.clone();
+        if snapshot.kind == SnapshotKind::Baseline {
+            vm.status.baseline = Some(snapshot.id.clone());
+            vm.status.baseline_note = None;
+        }
+        Some(())
+    })
+    .await
+}
+
+/// Takes that back.
+pub(super) async fn unkeep<W: Workflow>(run: &Run<W>, snapshot: &Snapshot) -> Result<(), Problem> {
+    with_vm(run, snapshot, |vm, known, transaction| {
+        let known = known?;
+        transaction.remove(known);
+        transaction.release(&UniqueName::snapshot(&snapshot.vm, &snapshot.name));
+        if vm.status.at_snapshot.as_ref() == Some(&snapshot.id) {
+            vm.status.at_snapshot.clone_from(&snapshot.parent);
+        }
+        if vm.status.baseline.as_ref() == Some(&snapshot.id) {
+            vm.status.baseline = None;
+        }
+        Some(())
+    })
+    .await
+}
+
+/// Changes a VM and one of its snapshots in one transaction; `change` answers none when there is nothing to do.
+async fn with_vm<W: Workflow>(
+    run: &Run<W>,
+    snapshot: &Snapshot,
+    change: impl Fn(&mut Vm, Option<&Row<Snapshot>>, &mut Transaction) -> Option<()>,
+) -> Result<(), Problem> {
+    let records = &run.cluster.records;
+    loop {
+        let row = records.require::<Vm>(snapshot.vm.as_str())?;
+        let known = records.get::<Snapshot>(&format!("{}/{}", snapshot.vm, snapshot.id));
+        let (mut vm, mut transaction) = (row.value.clone(), Transaction::new());
+        if change(&mut vm, known.as_deref(), &mut transaction).is_none() {
+            return Ok(());
+        }
+        transaction.replace(&row, &vm);
+        match records.commit(transaction).await {
+            Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
+            other => return other.map(drop).map_err(Into::into),
+        }
+    }
+}
+
+/// `snapshot.delete`: afterwards the snapshot is gone, its children hang on its parent, and everything else is as it
+/// was; or, when its host refused, it is all still there.
+pub enum DeleteSnapshot {}
+
+/// What is known of a snapshot that is being deleted.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeleteSnapshotRecord {
+    host: HostId,
+    snapshot: Snapshot,
+}
+
+impl Workflow for DeleteSnapshot {
+    type Record = DeleteSnapshotRecord;
+    const KIND: OperationKind = OperationKind::SnapshotDelete;
+    const STEPS: &'static [Step<Self>] = &[
+        step!("remove", remove; no_return),
+        step!("adopt-children", adopt_children),
+        step!("forget", forget),
+    ];
+
+    async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
+        let OperationRequest::SnapshotDelete { snapshot, .. } = request else { return Err(wrong_request()) };
+        let vm = desk.vm()?;
+        let snapshot = desk.cluster.records.find_snapshot(&vm.value.id, snapshot.as_str())?;
+        if vm.status.baseline.as_ref() == Some(&snapshot.value.id) {
+            let message = format!(
+                "{} is the baseline of {}: pin another snapshot first",
+                snapshot.name,
+                vm.full_name()
+            );
+            return Err(Problem::new(ProblemCode::Protected, message));
+        }
+        if snapshot.pinned {
+            let message =
+                format!("snapshot {} of {} is pinned: unpin it first", snapshot.name, vm.full_name());
+            return Err(Problem::new(ProblemCode::Protected, message));
+        }
+        let host = reachable_host(desk.cluster, vm)?;
+        let frees_mib = (snapshot.facts.memory_stored_bytes + snapshot.facts.disk_stored_bytes) >> 20;
+        Ok(Plan {
+            subject: vm.full_name(),
+            summary: format!(
+                "delete snapshot {} of {}, which frees up to {frees_mib} MiB",
+                snapshot.name,
+                vm.full_name()
+            ),
+            record: DeleteSnapshotRecord { host: host.value.id.clone(), snapshot: snapshot.value.clone() },
+            about: About::Vm(Arc::clone(vm)),
+            transaction: Transaction::new(),
+        })
+    }
+}
+
+async fn remove(run: &mut Run<DeleteSnapshot>) -> Result<(), Problem> {
+    let DeleteSnapshotRecord { host, snapshot } = &run.record;
+    let spec = TaskSpec::DeleteSnapshot { snapshot: snapshot.id.clone() };
+    run.command(Command { host, vm: Some(&snapshot.vm), label: "remove", spec }).await?;
+    Ok(())
+}
+
+async fn adopt_children(run: &mut Run<DeleteSnapshot>) -> Result<(), Problem> {
+    let gone = &run.record.snapshot;
+    for child in run.cluster.records.snapshots_of(&gone.vm) {
+        if child.parent.as_ref() == Some(&gone.id) {
+            run.cluster
+                .records
+                .update::<Snapshot, Problem>(&child.id, |child| {
+                    child.parent.clone_from(&gone.parent);
+                    Ok(())
+                })
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+async fn forget(run: &mut Run<DeleteSnapshot>) -> Result<(), Problem> {
+    unkeep(run, &run.record.snapshot).await
+}

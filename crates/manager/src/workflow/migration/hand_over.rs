@@ -1,0 +1,124 @@
+//! When the source's answer does not say where the guest runs.
+//!
+//! What is certain, and why:
+//!
+//! - The target runs the guest only after the source gave it away, durably. So a target on which the guest runs owns
+//!   the VM, whatever the source says or fails to say.
+//! - A source that gave the VM away never runs it again by itself. So it may be told to take it back once the target
+//!   has thrown away what it had (`RefuseMigration` done): then nothing is left there that could run.
+//! - A source that did not give it away runs it, and the target can't.
+//!
+//! Each loop here ends with one of these, and goes on asking otherwise.
+
+use std::time::Duration;
+
+use berth_api::agent::{MigrationSide, TaskSpec, VmReport};
+use berth_model::host::Host;
+use berth_model::migration::MigrationReport;
+use berth_model::vm::VmState;
+use berth_model::{HostId, Problem};
+
+use super::{MigrateVm, Moved};
+use crate::operations::step::{Command, Run};
+
+/// How often a target is looked at while the source moves the VM to it.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How long the source may take to say itself that it is done, once the guest is seen on the target. Shorter: its
+/// measurements are lost for no reason.
+const SOURCE_MAY_TAKE: Duration = Duration::from_secs(15);
+/// Pause before both are asked again.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// The source gave the VM away and does not know more: has the target run it, or has the source take it back.
+pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Moved, Problem> {
+    let record = run.record.clone();
+    let migration = run.id().clone();
+    let (vm, source, target) = (Some(&record.vm), &record.source, &record.target);
+    run.phase("handed-over");
+    let mut round = 0;
+    loop {
+        round += 1;
+        let label = format!("take-over-{round}");
+        let spec = TaskSpec::TakeOver { migration: migration.clone() };
+        let refusal = match run.insist(Command { host: target, vm, label: &label, spec }).await {
+            Ok(_) => return Ok(moved),
+            Err(refusal) => refusal,
+        };
+        let label = format!("give-up-{round}");
+        let shared_pool = record.shared_pool;
+        let spec = TaskSpec::RefuseMigration { migration: migration.clone(), shared_pool };
+        if run.insist(Command { host: target, vm, label: &label, spec }).await.is_ok() {
+            let label = format!("take-back-{round}");
+            let spec = TaskSpec::TakeBack { migration: migration.clone() };
+            let taken = run.insist(Command { host: source, vm, label: &label, spec }).await;
+            let mut message = format!("the target could not let the VM run: {}", refusal.message);
+            if let Err(problem) = taken {
+                message = format!("{message}; and the source could not take it back: {}", problem.message);
+            }
+            return Err(Problem { message, ..refusal });
+        }
+        if let Some(report) = ask(run, target).await
+            && runs(&report)
+        {
+            return Ok(Moved { top: report.top.or_else(|| moved.top.clone()), ..moved });
+        }
+        tokio::time::sleep(AGAIN_AFTER).await;
+    }
+}
+
+/// The source says that it failed. That is so, unless its failure was in knowing.
+pub(super) async fn after_failure(run: &mut Run<MigrateVm>, problem: Problem) -> Result<Moved, Problem> {
+    let record = run.record.clone();
+    if let Some(report) = ask(run, &record.target).await
+        && runs(&report)
+    {
+        return Ok(Moved { report: unmeasured(run), top: report.top });
+    }
+    let gave_away = matches!(
+        ask(run, &record.source).await.and_then(|report| report.migration),
+        Some(MigrationSide::Source { handed_over: true, .. })
+    );
+    if gave_away {
+        let moved = Moved { report: unmeasured(run), top: None };
+        return resolve(run, moved).await;
+    }
+    Err(problem)
+}
+
+/// Done once the guest has been seen on the target and the source has had its time to say so itself: the source's
+/// host may be gone for good.
+pub(super) async fn seen_on_target(run: &Run<MigrateVm>) -> Moved {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let top = match ask(run, &run.record.target).await {
+            Some(report) if runs(&report) => report.top,
+            _ => continue,
+        };
+        tokio::time::sleep(SOURCE_MAY_TAKE).await;
+        return Moved { report: unmeasured(run), top };
+    }
+}
+
+/// Whether the guest runs, or has run and was held or ended, as this host's own: it can then run nowhere else.
+fn runs(report: &VmReport) -> bool {
+    report.state == VmState::Running && !matches!(report.migration, Some(MigrationSide::Source { .. }))
+}
+
+async fn ask(run: &Run<MigrateVm>, host: &HostId) -> Option<VmReport> {
+    let host = run.cluster.records.get::<Host>(host.as_str())?;
+    run.cluster.agents.report_of(&host, &run.record.vm).await.ok().flatten()
+}
+
+fn unmeasured(run: &Run<MigrateVm>) -> MigrationReport {
+    MigrationReport {
+        source: run.record.source.clone(),
+        target: run.record.target.clone(),
+        phases: Vec::new(),
+        total_ms: run.cluster.clock.now().millis_since(run.record.began_at),
+        blackout_us: 0,
+        memory_bytes: 0,
+        storage_bytes: 0,
+        rounds: 0,
+        clock_offset_us: 0,
+    }
+}
