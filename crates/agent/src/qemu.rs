@@ -1,0 +1,288 @@
+//! QEMU's command line, made from what a VM is to be: pure, so that each word of it stands in a test.
+//!
+//! The order and the addresses of devices never change for a VM, so that a stream that one process wrote loads into
+//! another. Nothing is left to QEMU's defaults or to its guessing: no default devices, no user's configuration, the
+//! machine type with its version, each disk's format and backing stated by name.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use berth_api::agent::VmDefinition;
+use berth_model::LayerId;
+use berth_model::host::Accelerator;
+use berth_model::image::PartRole;
+use berth_model::vm::PortForward;
+
+use crate::launcher::{Argument, Descriptor, MachineSummary, Socket};
+use crate::layout::VmDirs;
+use crate::vm::{LaunchPlan, Memory};
+
+pub mod disk;
+
+use disk::Chain;
+
+/// The id of the memory's back end, and so the name of guest memory in streams.
+pub const MEMORY_ID: &str = "pc.ram";
+/// The id of the VM's disk.
+pub const DISK_ID: &str = "disk0";
+/// The name of the guest agent's port.
+pub const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
+/// The name of the probe's port.
+pub const PROBE_PORT: &str = "dev.berth.probe";
+
+/// How an interface of the guest reaches the world.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Nic {
+    /// Through a tap that QEMU is given open.
+    Tap,
+    /// Through QEMU's own network.
+    User {
+        /// The network that it plays; none: its own choice, with DHCP.
+        subnet: Option<UserSubnet>,
+        /// The host's loopback ports that lead to the guest.
+        forwards: Vec<PortForward>,
+    },
+}
+
+/// A network that QEMU plays around a guest whose address was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserSubnet {
+    /// Its first address.
+    pub network: Ipv4Addr,
+    /// Its prefix length.
+    pub prefix: u8,
+    /// The guest's address.
+    pub guest: Ipv4Addr,
+    /// The address that stands for the host, the gateway.
+    pub host: Ipv4Addr,
+    /// The address that stands for the name server.
+    pub name_server: Ipv4Addr,
+}
+
+/// Everything that a command line is made from.
+#[derive(Debug, Clone)]
+pub struct Machine<'a> {
+    /// What the VM is to be.
+    pub definition: &'a VmDefinition,
+    /// Its directories.
+    pub dirs: &'a VmDirs,
+    /// How it is to be started.
+    pub plan: &'a LaunchPlan,
+    /// What runs its guest.
+    pub accelerator: Accelerator,
+    /// How its interfaces reach the world, one for each.
+    pub nics: &'a [Nic],
+    /// Whether the writable layer is to go past the host's page cache.
+    pub direct_io: bool,
+}
+
+impl Machine<'_> {
+    /// The command line after the program's name.
+    pub fn arguments(&self) -> Vec<Argument> {
+        let mut words = Words::default();
+        self.frame(&mut words);
+        self.memory(&mut words);
+        self.disks(&mut words);
+        self.ports(&mut words);
+        self.network(&mut words);
+        self.boot(&mut words);
+        if self.plan.incoming {
+            words.pair("-incoming", "defer");
+        }
+        words.0
+    }
+
+    /// The same in a form for a QEMU that is not real.
+    pub fn summary(&self) -> MachineSummary {
+        MachineSummary {
+            memory_mib: self.definition.spec.memory_mib,
+            vcpus: self.definition.spec.vcpus,
+            nodes: self.chain().nodes(),
+            incoming: self.plan.incoming,
+        }
+    }
+
+    fn frame(&self, words: &mut Words) {
+        let spec = &self.definition.spec;
+        words.pair("-name", format!("guest={},debug-threads=on", escaped(&self.definition.full_name)));
+        words.pair("-uuid", uuid(self.definition.id.as_str()));
+        for word in ["-no-user-config", "-nodefaults", "-S"] {
+            words.text(word);
+        }
+        words.pair("-display", "none");
+        words.pair("-vga", "none");
+        let machine = format!(
+            "{},memory-backend={MEMORY_ID},usb=off,dump-guest-core=off,mem-merge=off",
+            escaped(&spec.machine_type)
+        );
+        words.pair("-machine", machine);
+        let accelerator = match self.accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg,thread=multi",
+        };
+        words.pair("-accel", accelerator);
+        words.pair("-cpu", escaped(&spec.cpu_model));
+        words.pair("-smp", spec.vcpus.to_string());
+        words.pair("-rtc", "base=utc");
+        // A guest that panics goes on as its owner set it up; that it panicked is reported all the same.
+        words.pair("-action", "panic=none");
+        words.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        for socket in [Socket::Qmp, Socket::Observe] {
+            words.socket(socket);
+            words.pair("-mon", format!("chardev={},mode=control", socket.device()));
+        }
+    }
+
+    fn memory(&self, words: &mut Words) {
+        let size = format!("size={}M", self.definition.spec.memory_mib);
+        words.pair("-m", format!("{size},slots=0"));
+        match &self.plan.memory {
+            Memory::Anonymous => words.pair("-object", format!("memory-backend-ram,id={MEMORY_ID},{size}")),
+            Memory::Image(path) => {
+                let path = escaped(&path.display().to_string());
+                let options = "share=off,prealloc=off";
+                words.pair(
+                    "-object",
+                    format!("memory-backend-file,id={MEMORY_ID},{size},mem-path={path},{options}"),
+                );
+            }
+        }
+    }
+
+    fn disks(&self, words: &mut Words) {
+        let chain = self.chain();
+        for node in chain.node_options() {
+            words.pair("-blockdev", node.to_string());
+        }
+        words.pair("-blockdev", disk::seed_options(&self.dirs.seed()).to_string());
+        let top = chain.top_node();
+        words.pair("-device", format!("virtio-blk-pci,id={DISK_ID},drive={top},{}", self.slot(0x3)));
+        words.pair("-device", format!("virtio-blk-pci,id=seed0,drive={},{}", disk::SEED_NODE, self.slot(0x4)));
+    }
+
+    fn ports(&self, words: &mut Words) {
+        words.pair("-device", format!("virtio-serial-pci,id=serial0,max_ports=4,{}", self.slot(0x5)));
+        let ports = [(Socket::GuestAgent, GUEST_AGENT_PORT), (Socket::Probe, PROBE_PORT)];
+        for (number, (socket, name)) in (1..).zip(ports) {
+            words.socket(socket);
+            let chardev = socket.device();
+            words.pair("-device", format!("virtserialport,bus=serial0.0,nr={number},chardev={chardev},name={name}"));
+        }
+        words.socket(Socket::Console);
+        words.pair("-device", format!("isa-serial,id=console0,chardev={}", Socket::Console.device()));
+        words.pair("-object", "rng-builtin,id=rng0");
+        words.pair("-device", format!("virtio-rng-pci,id=random0,rng=rng0,{}", self.slot(0x6)));
+        words.pair("-device", "pvpanic,id=panic0");
+    }
+
+    fn network(&self, words: &mut Words) {
+        let wanted = &self.definition.spec.nics;
+        for (index, (nic, reach)) in wanted.iter().zip(self.nics).enumerate() {
+            match reach {
+                Nic::Tap => words.descriptor(
+                    "-netdev",
+                    format!("tap,id=net{index},fd="),
+                    Descriptor::Tap(index),
+                    ",vhost=off",
+                ),
+                Nic::User { subnet, forwards } => {
+                    let mut text = format!("user,id=net{index},ipv6=off");
+                    let mut guest = String::new();
+                    if let Some(UserSubnet { network, prefix, guest: address, host, name_server }) = subnet {
+                        text.push_str(&format!(",net={network}/{prefix},host={host},dns={name_server},dhcpstart={address}"));
+                        guest = address.to_string();
+                    }
+                    for PortForward { protocol, host_port, guest_port } in forwards {
+                        text.push_str(&format!(",hostfwd={protocol}:127.0.0.1:{host_port}-{guest}:{guest_port}"));
+                    }
+                    words.pair("-netdev", text);
+                }
+            }
+            let slot = self.slot(0x10 + u32::try_from(index).unwrap_or(u32::MAX));
+            // No boot ROM: no VM starts from the network, and a ROM's size would be one more thing that has to agree.
+            let device = "virtio-net-pci,romfile=";
+            words.pair("-device", format!("{device},id=nic{index},netdev=net{index},mac={},{slot}", escaped(&nic.mac)));
+        }
+    }
+
+    fn boot(&self, words: &mut Words) {
+        let image = &self.definition.image;
+        let part = |role| image.part(role).map(|part| self.dirs.pool.part(&image.id, role, part.format));
+        let Some(kernel) = part(PartRole::Kernel) else { return };
+        words.pair("-kernel", path_text(&kernel));
+        if let Some(initrd) = part(PartRole::Initrd) {
+            words.pair("-initrd", path_text(&initrd));
+        }
+        if !image.kernel_command_line.is_empty() {
+            words.pair("-append", image.kernel_command_line.clone());
+        }
+    }
+
+    fn chain(&self) -> Chain<'_> {
+        Chain {
+            dirs: self.dirs,
+            image: &self.definition.image,
+            layers: &self.plan.chain,
+            direct_io: self.direct_io,
+        }
+    }
+
+    /// The place on the machine's first bus, which has another name on the older chip set.
+    fn slot(&self, number: u32) -> String {
+        let bus = if self.definition.spec.machine_type.contains("q35") { "pcie.0" } else { "pci.0" };
+        format!("bus={bus},addr={number:#x}")
+    }
+}
+
+#[derive(Default)]
+struct Words(Vec<Argument>);
+
+impl Words {
+    fn text(&mut self, word: &str) {
+        self.0.push(word.into());
+    }
+
+    fn pair(&mut self, option: &str, value: impl Into<Argument>) {
+        self.text(option);
+        self.0.push(value.into());
+    }
+
+    fn descriptor(&mut self, option: &str, before: String, descriptor: Descriptor, after: &str) {
+        let after = after.to_owned();
+        self.pair(option, Argument::WithDescriptor { before, descriptor, after });
+    }
+
+    fn socket(&mut self, socket: Socket) {
+        let before = format!("socket,id={},fd=", socket.device());
+        self.descriptor("-chardev", before, Descriptor::Socket(socket), ",server=on,wait=off");
+    }
+}
+
+/// Text as a value in QEMU's lists of options, where a comma is written twice.
+fn escaped(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+fn path_text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// The machine's identity that the guest sees, the same wherever and whenever it runs: made from the VM's id.
+fn uuid(vm: &str) -> String {
+    let hash = blake3::hash(vm.as_bytes());
+    let mut bytes = [0u8; 16];
+    bytes.copy_from_slice(&hash.as_bytes()[..16]);
+    // The marks of a UUID that is made from a hash of the maker's own.
+    bytes[6] = (bytes[6] & 0x0f) | 0x80;
+    bytes[8] = (bytes[8] & 0x3f) | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// The block node of a layer: QEMU takes no more than 31 characters.
+pub fn layer_node(layer: &LayerId) -> String {
+    disk::layer_node(layer)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,293 @@
+//! A VM's process: started, made the VM's, watched, ended, found again.
+//!
+//! The order is what keeps a VM from running twice. A process comes up with its guest standing still; it is written
+//! down as the VM's; only then is the guest let run. An agent that dies in between leaves a process that is on no
+//! record and has done nothing, and the next agent ends it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_model::vm::GuestState;
+use berth_model::{Problem, ProblemCode};
+use berth_qmp::commands::{QueryStatus, Quit};
+use berth_qmp::{EventKind, Events, Qmp};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+
+use super::status::Status;
+use super::{LaunchPlan, VmRuntime, sensor};
+use crate::launcher::{Exit, LaunchSpec, Launched, Process};
+use crate::network::{self, Lease};
+use crate::qemu::Machine;
+
+/// How long a killed process may take to be gone. The kernel gives back its memory first, some 20 ms a GiB; longer
+/// means that it hangs in the kernel, where nothing reaches it.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long QEMU may take to end when it is asked to: its disks are flushed.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a process may live on without its monitor before that counts as a loss of the monitor alone.
+const END_AFTER_MONITOR: Duration = Duration::from_secs(2);
+
+/// Something that a process's watcher tells the VM's owner.
+#[derive(Debug)]
+pub enum Notice {
+    /// The process has ended.
+    Ended {
+        /// Which.
+        serial: u64,
+        /// How.
+        exit: Exit,
+        /// QEMU's word for why it ended, if it ended by itself.
+        reason: Option<String>,
+    },
+    /// The process lives and its monitor's connection is gone.
+    MonitorLost {
+        /// Which.
+        serial: u64,
+    },
+}
+
+/// The VM's present process with all that listens to it.
+pub(super) struct Running {
+    pub(super) serial: u64,
+    pub(super) qmp: Qmp,
+    pub(super) process: Process,
+    listeners: Vec<AbortHandle>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for listener in &self.listeners {
+            listener.abort();
+        }
+    }
+}
+
+pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Launched, Problem> {
+    let services = Arc::clone(vm.services());
+    let hypervisor = services.hypervisor().await.ok_or_else(stopping)?;
+    let lease = network::lease(&services, vm.definition()?, &vm.host_record()?.forwards).await?;
+    let forwards = lease.forwards.clone();
+    vm.change_host_record(|record| record.forwards = forwards).await?;
+    let dirs = vm.dirs()?.clone();
+    let Lease { nics, taps, .. } = lease;
+    let machine = Machine {
+        definition: vm.definition()?,
+        dirs: &dirs,
+        plan,
+        accelerator: hypervisor.accelerator,
+        nics: &nics,
+        direct_io: services.pool_facts(&dirs.pool.name).is_some_and(|pool| pool.direct_io),
+    };
+    let spec = LaunchSpec {
+        vm: vm.id().clone(),
+        arguments: machine.arguments(),
+        descriptors: taps,
+        run_dir: dirs.run.clone(),
+        user_id: vm.user_id()?,
+        machine: machine.summary(),
+    };
+    Ok(services.launcher.launch(spec).await?)
+}
+
+pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<(), Problem> {
+    if vm.running.is_some() {
+        end_running(vm).await?;
+    }
+    let record = launched.process.record().clone();
+    let written = vm.change_host_record(|host| {
+        host.process = Some(record);
+        host.trouble = None;
+    });
+    if let Err(problem) = written.await {
+        launched.process.kill();
+        launched.process.exited().await;
+        return Err(problem);
+    }
+    attach(vm, launched);
+    Ok(())
+}
+
+/// Takes up a process that an agent before this one installed.
+pub(super) async fn adopt(vm: &mut VmRuntime, launched: Launched) -> Result<(), Problem> {
+    let serial = attach(vm, launched);
+    let status = vm.qmp()?.call(QueryStatus {}).await.map_err(hypervisor_problem)?;
+    vm.status().process_runs(serial, status.running);
+    Ok(())
+}
+
+fn attach(vm: &mut VmRuntime, launched: Launched) -> u64 {
+    let Launched { qmp, events, process } = launched;
+    let serial = vm.next_serial;
+    vm.next_serial += 1;
+    vm.status.process_begins(serial);
+    let (resets, reset) = watch::channel(0);
+    let watcher = Watcher {
+        serial,
+        status: Arc::clone(&vm.status),
+        process: process.clone(),
+        notices: vm.notices.clone(),
+        resets,
+    };
+    let sensor = sensor::Sensor {
+        serial,
+        status: Arc::clone(&vm.status),
+        launcher: Arc::clone(&vm.services.launcher),
+        run_dir: vm.services.run_dir(&vm.id),
+        resets: reset,
+    };
+    let console = Arc::clone(&vm.console).run(Arc::clone(&vm.services.launcher), vm.services.run_dir(&vm.id));
+    let mut listeners = vec![tokio::spawn(watcher.run(events)).abort_handle()];
+    listeners.push(tokio::spawn(sensor.run()).abort_handle());
+    listeners.push(tokio::spawn(console).abort_handle());
+    vm.running = Some(Running { serial, qmp, process, listeners });
+    serial
+}
+
+pub(super) async fn end(vm: &mut VmRuntime) -> Result<Option<Exit>, Problem> {
+    let exit = end_running(vm).await?;
+    if vm.is_known() {
+        vm.change_host_record(|record| record.process = None).await?;
+    }
+    Ok(exit)
+}
+
+/// Asks QEMU to end, which flushes its disks; if it does not, it is ended.
+pub(super) async fn quit(vm: &mut VmRuntime) -> Result<(), Problem> {
+    if let Some(running) = &vm.running {
+        let asked = async {
+            // An answer may not come any more; that the process ends is what counts.
+            let _ = running.qmp.call_within(Quit {}, QUIT_TIMEOUT).await;
+            running.process.exited().await;
+        };
+        if tokio::time::timeout(QUIT_TIMEOUT, asked).await.is_err() {
+            tracing::warn!(vm = %vm.id(), "QEMU does not end when asked to: it is killed");
+        }
+    }
+    end(vm).await.map(drop)
+}
+
+async fn end_running(vm: &mut VmRuntime) -> Result<Option<Exit>, Problem> {
+    let Some(running) = &vm.running else { return Ok(None) };
+    let serial = running.serial;
+    running.process.kill();
+    let Ok(exit) = tokio::time::timeout(END_TIMEOUT, running.process.exited()).await else {
+        let message = format!("the process of {} does not end", vm.id());
+        return Err(Problem::new(ProblemCode::Hypervisor, message));
+    };
+    vm.running = None;
+    vm.status.process_ended(serial);
+    Ok(Some(exit))
+}
+
+/// Takes note of what a watcher has seen.
+pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
+    let present = vm.running.as_ref().map(|running| running.serial);
+    match notice {
+        Notice::Ended { serial, exit, reason } if present == Some(serial) => {
+            vm.running = None;
+            let trouble = trouble_of(&exit, reason.as_deref());
+            tracing::info!(vm = %vm.id(), ?reason, end = %exit.summary(), "the process has ended");
+            let written = vm.change_host_record(|record| {
+                record.process = None;
+                record.trouble = trouble;
+            });
+            if let Err(problem) = written.await {
+                tracing::error!(vm = %vm.id(), %problem, "its end can't be written down");
+            }
+            vm.status.process_ended(serial);
+        }
+        Notice::MonitorLost { serial } if present == Some(serial) => {
+            if let Err(problem) = find_again(vm).await {
+                tracing::error!(vm = %vm.id(), %problem, "the monitor is lost");
+            }
+        }
+        Notice::Ended { .. } | Notice::MonitorLost { .. } => {}
+    }
+}
+
+/// Connects anew to a process that is on record; if it has ended, that is written down.
+pub(super) async fn find_again(vm: &mut VmRuntime) -> Result<(), Problem> {
+    let Some(record) = vm.host_record()?.process.clone() else { return Ok(()) };
+    let services = Arc::clone(vm.services());
+    let run_dir = services.run_dir(vm.id());
+    match services.launcher.adopt(&record, &run_dir).await? {
+        Some(launched) => adopt(vm, launched).await,
+        None => {
+            let trouble = "QEMU ended while the agent was away".to_owned();
+            vm.change_host_record(|record| {
+                record.process = None;
+                record.trouble = Some(trouble);
+            })
+            .await
+        }
+    }
+}
+
+/// What is wrong when a process has ended: nothing, if it said why.
+fn trouble_of(exit: &Exit, reason: Option<&str>) -> Option<String> {
+    match reason {
+        Some("guest-shutdown" | "host-qmp-quit") => None,
+        Some("guest-panic") => Some("the guest's kernel panicked".to_owned()),
+        Some(reason) => Some(format!("QEMU ended by itself ({reason})")),
+        None => Some(format!("QEMU {}", exit.summary())),
+    }
+}
+
+struct Watcher {
+    serial: u64,
+    status: Arc<Status>,
+    process: Process,
+    notices: mpsc::UnboundedSender<Notice>,
+    resets: watch::Sender<u64>,
+}
+
+impl Watcher {
+    async fn run(self, mut events: Events) {
+        let mut reason = None;
+        while let Some(event) = events.recv().await {
+            match event.kind {
+                EventKind::Stop => self.status.process_runs(self.serial, false),
+                EventKind::Resume => self.status.process_runs(self.serial, true),
+                EventKind::Shutdown { reason: why, .. } => reason = Some(why),
+                EventKind::GuestPanicked { .. } => {
+                    self.status.guest_is(self.serial, GuestState::Panicked, None);
+                }
+                EventKind::Reset { .. } => {
+                    self.status.guest_is(self.serial, GuestState::Booting, None);
+                    self.resets.send_modify(|count| *count += 1);
+                }
+                _ => {}
+            }
+        }
+        let ended = tokio::time::timeout(END_AFTER_MONITOR, self.process.exited()).await;
+        let notice = match ended {
+            Ok(exit) => Notice::Ended { serial: self.serial, exit, reason },
+            Err(_) => Notice::MonitorLost { serial: self.serial },
+        };
+        // The owner may be gone: then the agent is ending.
+        let _ = self.notices.send(notice);
+    }
+}
+
+fn stopping() -> Problem {
+    Problem::new(ProblemCode::Unreachable, "the agent is ending")
+}
+
+/// A problem of QEMU's monitor.
+pub fn hypervisor_problem(error: berth_qmp::QmpError) -> Problem {
+    Problem::new(ProblemCode::Hypervisor, crate::durable::with_causes(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_was_wanted_is_no_trouble() {
+        let exit = Exit { code: None, signal: Some(9), last_words: "out of memory\n".into() };
+        assert_eq!(trouble_of(&exit, Some("guest-shutdown")), None);
+        let text = trouble_of(&exit, None).expect("trouble");
+        assert_eq!(text, "QEMU was ended by signal 9, saying: out of memory");
+    }
+}
