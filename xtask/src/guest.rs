@@ -48,7 +48,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Arguments of `cargo xtask guest`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Put the image there too; it is always kept in $BERTH_CACHE/guest, by default target/guest.
+    /// Put the image there too; it is always kept in $BERTH_CACHE, by default target/guest.
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Make it anew even when nothing has changed.
@@ -130,10 +130,9 @@ fn make(cache: &Path, inputs: &str) -> Result<()> {
     let initrd = system::assemble(&unpacked, &probe)?;
     let (release, kernel) = unpacked.kernel()?;
     let kernel = fs::read(&kernel).with_context(|| format!("{} can't be read", kernel.display()))?;
-    // The manifest goes away first and comes back last: an image that is half made is no image.
-    let _ = fs::remove_file(cache.join(MANIFEST));
-    fs::write(cache.join(KERNEL), &kernel)?;
-    fs::write(cache.join(INITRD), &initrd)?;
+    // The manifest comes last: until then the old one names other inputs, so the image would be made again.
+    publish(cache, KERNEL, &kernel)?;
+    publish(cache, INITRD, &initrd)?;
     let manifest = json!({
         "inputs": inputs,
         "architecture": "x86_64",
@@ -142,9 +141,16 @@ fn make(cache: &Path, inputs: &str) -> Result<()> {
         "initrd": {"file": INITRD, "bytes": initrd.len(), "sha256": sha256(&initrd)},
         "packages": unpacked.packages,
     });
-    fs::write(cache.join(MANIFEST), format!("{manifest:#}\n"))?;
+    publish(cache, MANIFEST, format!("{manifest:#}\n").as_bytes())?;
     fs::remove_dir_all(&unpacked.root)?;
     Ok(())
+}
+
+/// Puts a file in its place whole: a guest may be booting from the one that was there.
+fn publish(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let (unfinished, path) = (directory.join(format!("{name}.tmp")), directory.join(name));
+    fs::write(&unfinished, bytes).with_context(|| format!("{} can't be written", unfinished.display()))?;
+    fs::rename(&unfinished, &path).with_context(|| format!("{} can't be written", path.display()))
 }
 
 /// Builds the probe beside the downloads; in a target directory of its own, because its flags are others'.
@@ -168,8 +174,9 @@ fn finish_probe_build(mut build: Child, cache: &Path) -> Result<PathBuf> {
 fn copy(cache: &Path, directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("{} can't be made", directory.display()))?;
     for file in [KERNEL, INITRD, MANIFEST] {
-        let (from, to) = (cache.join(file), directory.join(file));
-        fs::copy(&from, &to).with_context(|| format!("{} can't be written", to.display()))?;
+        let from = cache.join(file);
+        let bytes = fs::read(&from).with_context(|| format!("{} can't be read", from.display()))?;
+        publish(directory, file, &bytes)?;
     }
     Ok(())
 }

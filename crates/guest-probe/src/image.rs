@@ -83,13 +83,14 @@ impl GuestImage {
     }
 }
 
-/// Where the image is unless told otherwise: `guest` in `$BERTH_CACHE`, else in the workspace's target directory.
+/// Where the image is unless told otherwise: in `$BERTH_CACHE`, else in `guest` in the workspace's target directory.
+/// What is relative is taken from the workspace, so that tests find what a person made.
 pub fn default_directory() -> PathBuf {
     if let Some(cache) = env::var_os("BERTH_CACHE") {
-        return PathBuf::from(cache).join("guest");
+        return workspace().join(cache);
     }
     if let Some(target) = env::var_os("CARGO_TARGET_DIR") {
-        return PathBuf::from(target).join("guest");
+        return workspace().join(target).join("guest");
     }
     workspace().join("target/guest")
 }

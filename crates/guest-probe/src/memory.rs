@@ -53,7 +53,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { memory_mib: 16, rate_mib_s: 1, hot_mib: 0, rewrite: Rewrite::Word }
+        Self { memory_mib: 16, rate_mib_s: 0, hot_mib: 0, rewrite: Rewrite::Word }
     }
 }
 
@@ -309,7 +309,7 @@ impl Memory {
         if settings.rate_mib_s == 0 || settings.memory_mib == 0 {
             drop(self.changed.wait(guard));
         } else {
-            drop(self.changed.wait_timeout(guard, Duration::from_millis(5)));
+            drop(self.changed.wait_timeout(guard, Duration::from_millis(10)));
         }
     }
 }

@@ -113,7 +113,7 @@ fn read_port(probe: &Probe, mut port: File, lines: &Lines) {
     loop {
         match port.read(&mut buffer) {
             // The kernel says so, without waiting, as long as nobody is attached to the other end.
-            Ok(0) | Err(_) => thread::sleep(Duration::from_millis(50)),
+            Ok(0) | Err(_) => thread::sleep(Duration::from_millis(100)),
             Ok(length) => splitter.take(&buffer[..length], |line| {
                 let lines = lines.clone();
                 probe.handle(line, Box::new(move |reply| lines.send(reply.to_owned())));

@@ -1,0 +1,58 @@
+#!/bin/sh
+# Says which system packages are missing and installs only those. With --check it only says so.
+#
+# What the test guest is made of (kernel, busybox, guest agent) is not installed: `cargo xtask guest` downloads it.
+# Names are the same in Debian 12, Debian 13 and Ubuntu 24.04.
+set -eu
+
+missing=
+
+# need PACKAGE WHY COMMAND…: the package is missing unless the command succeeds.
+need() {
+    package=$1 why=$2
+    shift 2
+    if ! "$@" > /dev/null 2>&1; then
+        echo "missing: $package ($why)"
+        missing="$missing $package"
+    fi
+}
+
+has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1"; }
+
+# A library's file, wherever this machine's compiler would look for it.
+has_library() { test -n "$(find /usr/lib /usr/lib64 -maxdepth 2 -name "$1" 2> /dev/null)"; }
+
+need qemu-system-x86 "runs virtual machines" has qemu-system-x86_64
+need qemu-utils "makes and checks disk images" has qemu-img
+need iproute2 "connects virtual machines to bridges" has ip
+need gcc "compiles the C parts of dependencies" has cc
+need libc6-dev "links the guest's probe statically" has_library libc.a
+if grep -q '^ID=ubuntu' /etc/os-release 2> /dev/null; then
+    need zstd "unpacks the test guest's kernel modules" has zstd
+fi
+
+if [ -z "$missing" ]; then
+    exit 0
+fi
+if [ "${1:-}" = --check ]; then
+    exit 1
+fi
+
+install="apt-get install --yes --no-install-recommends$missing"
+if ! has apt-get > /dev/null; then
+    echo "this machine has no apt-get; install what these Debian packages hold, then go on:$missing" >&2
+    exit 1
+fi
+if [ "$(id -u)" -eq 0 ]; then
+    as_root=
+elif has sudo > /dev/null; then
+    as_root=sudo
+else
+    echo "this needs root and there is no sudo; as root, run: apt-get update && $install" >&2
+    exit 1
+fi
+echo "installing:$missing"
+# shellcheck disable=SC2086
+$as_root apt-get update
+# shellcheck disable=SC2086
+$as_root env DEBIAN_FRONTEND=noninteractive $install
