@@ -12,10 +12,12 @@ use tokio::sync::watch;
 use crate::clock::Clock;
 use crate::store::{Lease, LeaseId, Pending};
 
+/// How long leases that are over are left alone after the storage refused to end them: the disk may be full for long.
+const EXPIRY_RETRY: Duration = Duration::from_secs(1);
+
 /// The living leases and their deadlines on the store's clock.
 pub(crate) struct Leases {
     live: BTreeMap<LeaseId, Live>,
-    not_before: Duration,
     next: watch::Sender<Option<Duration>>,
 }
 
@@ -26,7 +28,7 @@ struct Live {
 
 impl Leases {
     pub(crate) fn new() -> Self {
-        Self { live: BTreeMap::new(), not_before: Duration::ZERO, next: watch::Sender::new(None) }
+        Self { live: BTreeMap::new(), next: watch::Sender::new(None) }
     }
 
     /// Shows when the next lease is due; closed when the store is.
@@ -53,14 +55,8 @@ impl Leases {
         self.live.iter().filter(|(_, live)| live.deadline <= now).map(|(id, _)| *id).collect()
     }
 
-    /// Expiring failed for the time being: asks to be woken no sooner than `time`.
-    pub(crate) fn defer_until(&mut self, time: Duration) {
-        self.not_before = time;
-        self.announce();
-    }
-
     fn announce(&self) {
-        let next = self.live.values().map(|live| live.deadline.max(self.not_before)).min();
+        let next = self.live.values().map(|live| live.deadline).min();
         self.next.send_if_modified(|announced| std::mem::replace(announced, next) != next);
     }
 }
@@ -72,11 +68,12 @@ pub(crate) fn spawn_expiry(
     expire: impl Fn() -> Pending<'static, ()> + Send + 'static,
 ) {
     tokio::spawn(async move {
+        let mut not_before = Duration::ZERO;
         loop {
             let deadline = *next.borrow_and_update();
             let wait = async {
                 match deadline {
-                    Some(deadline) => clock.wait_until(deadline).await,
+                    Some(deadline) => clock.wait_until(deadline.max(not_before)).await,
                     None => std::future::pending().await,
                 }
             };
@@ -84,6 +81,7 @@ pub(crate) fn spawn_expiry(
                 changed = next.changed() => if changed.is_err() { return },
                 () = wait => if let Err(error) = expire().await {
                     tracing::debug!(%error, "leases could not be ended yet");
+                    not_before = clock.now().saturating_add(EXPIRY_RETRY);
                 },
             }
         }

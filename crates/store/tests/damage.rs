@@ -4,8 +4,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use berth_store::{Commit, Error, ManualClock, Operation, Page, Query, Revision, SqliteStore, Store};
+use berth_store::{Commit, Error, ManualClock, Operation, Page, Query, Revision, SqliteStore, Store, Watch};
 use tempfile::TempDir;
 
 /// Everything that a store says.
@@ -206,7 +207,7 @@ async fn sample() -> (TempDir, PathBuf, Content) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("store");
     let store = open(&path).await.unwrap();
-    let lease = store.grant_lease(std::time::Duration::from_secs(3600)).await.unwrap();
+    let lease = store.grant_lease(Duration::from_secs(3600)).await.unwrap();
     for n in 0..40 {
         let key = format!("/records/{:03}", n % 25);
         let value = format!("{n}").repeat(n * 3);
@@ -239,7 +240,7 @@ async fn read(store: &SqliteStore) -> Content {
     let mut commits: Vec<Commit> = Vec::new();
     let mut watch = store.watch("", Revision::EMPTY_STORE.next());
     while commits.last().map_or(Revision::EMPTY_STORE, |last| last.revision) < page.revision {
-        commits.push(watch.next().await.unwrap().unwrap());
+        commits.push(next(&mut watch).await);
     }
     Content { page, commits }
 }
@@ -258,4 +259,10 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// The next commit; fails the test when none comes.
+async fn next(watch: &mut Watch) -> Commit {
+    let next = tokio::time::timeout(Duration::from_secs(60), watch.next()).await.expect("a commit comes");
+    next.expect("the watch goes on").expect("a commit and no error")
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_store::{Clock, Error, ManualClock, Operation, Query, Revision, SqliteStore, Store, SystemClock};
+use berth_store::{
+    Clock, Commit, Error, ManualClock, Operation, Query, Revision, SqliteStore, Store, SystemClock, Watch,
+};
 
 async fn open(path: &Path) -> Result<SqliteStore, Error> {
     SqliteStore::open(path, Arc::new(ManualClock::new())).await
@@ -58,12 +60,12 @@ async fn a_reopened_store_goes_on_where_it_was() {
     assert_eq!(store.list(Query::prefix("")).await.unwrap(), before);
     let mut watch = store.watch("/r/", Revision(5));
     for revision in 5..=last.0 {
-        assert_eq!(watch.next().await.unwrap().unwrap().revision, Revision(revision));
+        assert_eq!(next(&mut watch).await.revision, Revision(revision));
     }
     assert!(matches!(store.list(Query::prefix("").at(Revision(3))).await, Err(Error::Compacted { .. })));
-    let next = store.put("/r/1", "x".into()).await.unwrap();
-    assert_eq!(next, last.next());
-    assert_eq!(watch.next().await.unwrap().unwrap().revision, next);
+    let after = store.put("/r/1", "x".into()).await.unwrap();
+    assert_eq!(after, last.next());
+    assert_eq!(next(&mut watch).await.revision, after);
     store.close().await;
 }
 
@@ -82,11 +84,11 @@ async fn leases_of_a_reopened_store_have_their_full_time_again() {
     let store = SqliteStore::open(&path, Arc::new(clock.clone())).await.unwrap();
     clock.advance(Duration::from_secs(9));
     assert_eq!(store.revision().await.unwrap(), put, "not over yet");
-    store.put("/b", "x".into()).await.unwrap();
+    let other = store.put("/b", "x".into()).await.unwrap();
     assert!(store.get("/a").await.unwrap().is_some());
     clock.advance(Duration::from_secs(1));
     let mut watch = store.watch("/a", put.next());
-    assert!(watch.next().await.unwrap().is_ok(), "now it is");
+    assert_eq!(next(&mut watch).await.revision, other.next(), "now it is");
     assert_eq!(store.get("/a").await.unwrap(), None);
     let other = store.grant_lease(Duration::from_secs(10)).await.unwrap();
     assert!(other.id > lease.id, "ids are not used again");
@@ -179,8 +181,14 @@ async fn a_watcher_far_behind_catches_up_from_the_file() {
         store.put(&key, value.clone().into()).await.unwrap();
     }
     for n in (0..80u32).step_by(2) {
-        let commit = watch.next().await.unwrap().unwrap();
+        let commit = next(&mut watch).await;
         assert_eq!(commit.changes[0].key(), format!("/even/{n}"));
     }
     store.close().await;
+}
+
+/// The next commit; fails the test when none comes.
+async fn next(watch: &mut Watch) -> Commit {
+    let next = tokio::time::timeout(Duration::from_secs(60), watch.next()).await.expect("a commit comes");
+    next.expect("the watch goes on").expect("a commit and no error")
 }

@@ -10,7 +10,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_store::{Change, Condition, Error, Operation, Query, Revision, SqliteStore, Store, SystemClock};
+use berth_store::{
+    Change, Commit, Condition, Error, Operation, Query, Revision, SqliteStore, Store, SystemClock, Watch,
+};
 
 /// Set in the victim: the store that it writes to.
 const VICTIM: &str = "BERTH_TEST_STORE_VICTIM";
@@ -95,7 +97,7 @@ async fn check_records(path: &Path, acknowledged: &BTreeMap<String, String>) {
     let mut watch = store.watch("", Revision::EMPTY_STORE.next());
     let mut seen = Revision::EMPTY_STORE;
     while seen < twins.revision {
-        let commit = watch.next().await.unwrap().unwrap();
+        let commit = next(&mut watch).await;
         assert_eq!(commit.revision, seen.next(), "history has no gaps");
         assert!(commit.changes.iter().all(|change| matches!(change, Change::Put(_))));
         seen = commit.revision;
@@ -193,4 +195,10 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// The next commit; fails the test when none comes.
+async fn next(watch: &mut Watch) -> Commit {
+    let next = tokio::time::timeout(Duration::from_secs(60), watch.next()).await.expect("a commit comes");
+    next.expect("the watch goes on").expect("a commit and no error")
 }

@@ -77,7 +77,8 @@ async fn a_store_stops_when_it_is_not_known_what_was_committed() {
     let error = sabotaged.await.unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error:?}");
     assert!(matches!(store.put("/a", "3".into()).await, Err(Error::Closed)));
-    assert!(matches!(watch.next().await, Some(Err(Error::Closed))), "nothing uncommitted is shown");
+    let told = tokio::time::timeout(Duration::from_secs(60), watch.next()).await.expect("it is told");
+    assert!(matches!(told, Some(Err(Error::Closed))), "nothing uncommitted is shown");
     store.close().await;
     let store = open(&path).await;
     assert_eq!(&store.get("/a").await.unwrap().unwrap().value[..], b"1");
@@ -99,5 +100,40 @@ async fn changes_that_share_a_sync_keep_their_order() {
     for (n, result) in results.into_iter().enumerate() {
         assert_eq!(result.unwrap(), Revision(2 + n as u64));
     }
+    store.close().await;
+}
+
+/// A full disk, say, while leases are over: what can't be ended now is ended later, without a change in between.
+#[tokio::test]
+async fn leases_that_could_not_be_ended_are_ended_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let clock = ManualClock::new();
+    let store = SqliteStore::open(&path, Arc::new(clock.clone())).await.unwrap();
+    let lease = store.grant_lease(Duration::from_secs(10)).await.unwrap();
+    let operation = Operation::put_leased("/a", "x", lease.id);
+    let put = store.transact(Vec::new(), vec![operation]).await.unwrap();
+    let other = Connection::open(&path).unwrap();
+    other
+        .execute_batch("CREATE TRIGGER t BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'no'); END")
+        .unwrap();
+    clock.advance(lease.ttl);
+    let refused = store.put("/b", "x".into()).await.unwrap_err();
+    assert!(refused.is_storage(), "nothing is done past a lease that is over: {refused:?}");
+    other.execute_batch("DROP TRIGGER t").unwrap();
+    let mut watch = store.watch("/a", put.next());
+    let ended = async {
+        loop {
+            // The store tries again after a while on its own clock, which nobody else moves.
+            clock.advance(Duration::from_secs(1));
+            tokio::select! {
+                commit = watch.next() => return commit,
+                () = tokio::time::sleep(Duration::from_millis(1)) => {}
+            }
+        }
+    };
+    let commit =
+        tokio::time::timeout(Duration::from_secs(60), ended).await.expect("it ends").unwrap().unwrap();
+    assert_eq!(commit.revision, put.next());
     store.close().await;
 }

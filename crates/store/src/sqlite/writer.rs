@@ -12,7 +12,6 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -27,9 +26,6 @@ use crate::store::Revision;
 
 /// Most changes in one batch. More would make the first wait for the last without saving any sync worth having.
 const BATCH_MAX: usize = 256;
-
-/// How long expired leases are left alone after the storage refused to end them.
-const EXPIRY_RETRY: Duration = Duration::from_secs(1);
 
 /// Something to be done within a transaction, and somebody who waits for the result.
 pub(super) trait Job: Send {
@@ -165,10 +161,7 @@ impl Writer {
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(|error| fault(&self.path, "write", error))?;
         let mut transaction = Transaction::begin(&sql, &self.path, now)?;
-        if let Err(error) = transaction.expire(&self.leases) {
-            self.leases.defer_until(now.saturating_add(EXPIRY_RETRY));
-            return Err(error);
-        }
+        transaction.expire(&self.leases)?;
         for job in jobs {
             job.run(&mut transaction)?;
         }
