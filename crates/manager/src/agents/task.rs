@@ -172,11 +172,11 @@ impl Drive<'_> {
         let pause = course.pause;
         course.pause = (pause * 2).min(PAUSES.1);
         match self.patience {
-            Patience::Endless => tokio::time::sleep(pause).await,
+            Patience::Endless => self.cluster.clock.sleep(pause).await,
             Patience::For(limit) if now.duration_since(since) >= limit => return Err(unreachable(error)),
             Patience::For(_) => {
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
+                    () = self.cluster.clock.sleep(pause) => {}
                     () = self.listener.cancelled() => return Err(unreachable(error)),
                 }
             }

@@ -239,7 +239,7 @@ async fn forward<W: Workflow>(run: &mut Run<W>, resumed: bool) -> Result<Option<
         while let Err(problem) = once(run, step, step.run).await {
             if past_return {
                 tracing::warn!(operation = %run.id(), step = step.name, %problem, "there is only forward: again");
-                tokio::time::sleep(pause).await;
+                run.cluster.clock.sleep(pause).await;
                 pause = (pause * 2).min(PAUSES.1);
                 next_attempt(run).await?;
                 continue;
@@ -298,7 +298,7 @@ async fn undo<W: Workflow>(run: &mut Run<W>) -> Result<Option<String>, Problem> 
                     left = Some(format!("'{}' could not be undone: {problem}", step.name));
                     break;
                 }
-                tokio::time::sleep(pause).await;
+                run.cluster.clock.sleep(pause).await;
                 pause = (pause * 2).min(PAUSES.1);
                 next_attempt(run).await?;
             }
@@ -354,6 +354,10 @@ async fn finish<W: Workflow>(
     let records = &run.cluster.records;
     let now = run.cluster.clock.now();
     let vm_id = run.handle.show().vm;
+    if let Some(vm) = &vm_id {
+        // Before the slot is free: news from before now must not be taken for news from after.
+        run.cluster.watchers.fence(vm);
+    }
     run.handle
         .save_with(records, |row| {
             row.operation.state = state;
@@ -374,7 +378,10 @@ async fn finish<W: Workflow>(
         .await?;
     tracing::info!(operation = %run.id(), kind = %W::KIND, state = state.as_str(), "an operation is over");
     if let Some(vm) = &vm_id {
-        run.cluster.watchers.released(vm);
+        match records.get::<Vm>(vm.as_str()) {
+            Some(row) => row.status.host.iter().for_each(|host| run.cluster.watchers.nudge(host)),
+            None => run.cluster.watchers.forget(vm),
+        }
     }
     Ok(())
 }

@@ -62,7 +62,7 @@ pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Mo
         {
             return Ok(Moved { top: report.top.or_else(|| moved.top.clone()), ..moved });
         }
-        tokio::time::sleep(AGAIN_AFTER).await;
+        run.cluster.clock.sleep(AGAIN_AFTER).await;
     }
 }
 
@@ -89,12 +89,12 @@ pub(super) async fn after_failure(run: &mut Run<MigrateVm>, problem: Problem) ->
 /// host may be gone for good.
 pub(super) async fn seen_on_target(run: &Run<MigrateVm>) -> Moved {
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        run.cluster.clock.sleep(LOOK_EVERY).await;
         let top = match ask(run, &run.record.target).await {
             Some(report) if runs(&report) => report.top,
             _ => continue,
         };
-        tokio::time::sleep(SOURCE_MAY_TAKE).await;
+        run.cluster.clock.sleep(SOURCE_MAY_TAKE).await;
         return Moved { report: unmeasured(run), top };
     }
 }
