@@ -7,6 +7,7 @@
 use bytes::{Buf, BytesMut};
 use serde_json::{Map, Value};
 
+use crate::commands::{BlockdevAdd, Command};
 use crate::event::Event;
 
 /// The longest line accepted unless told otherwise, in bytes. The longest honest line is the answer to
@@ -143,14 +144,17 @@ pub fn decode_message(line: &[u8]) -> Result<Message, DecodeError> {
     message_of(object).ok_or_else(|| DecodeError::NotAMessage { excerpt: excerpt(line) })
 }
 
-/// Writes one command as a line. Arguments that are `null` at the top level are left out: no command in use has a
-/// meaning for them, and leaving them out is how an optional argument is not given.
+/// Writes one command as a line. Arguments that are `null` at the top level are left out, which is how an optional
+/// argument is not given; but for `blockdev-add`, where a `backing` of `null` says that a node has none, whatever
+/// its file's header says.
 #[must_use]
 pub fn encode_command(name: &str, arguments: Value, id: u64, out_of_band: bool) -> Vec<u8> {
     let mut object = Map::new();
     object.insert(if out_of_band { "exec-oob" } else { "execute" }.into(), name.into());
     if let Value::Object(arguments) = arguments {
-        let given: Map<_, _> = arguments.into_iter().filter(|(_, value)| !value.is_null()).collect();
+        let keeps_null = name == BlockdevAdd::NAME;
+        let given: Map<_, _> =
+            arguments.into_iter().filter(|(_, value)| keeps_null || !value.is_null()).collect();
         if !given.is_empty() {
             object.insert("arguments".into(), Value::Object(given));
         }
@@ -236,5 +240,13 @@ mod tests {
         let line = encode_command("migrate", serde_json::json!({"uri": "unix:x", "resume": null}), 3, false);
         let back: Value = serde_json::from_slice(&line).expect("our own line");
         assert_eq!(back, serde_json::json!({"execute": "migrate", "arguments": {"uri": "unix:x"}, "id": 3}));
+    }
+
+    #[test]
+    fn a_block_node_without_backing_says_so() {
+        let options = serde_json::json!({"driver": "qcow2", "backing": null});
+        let line = encode_command("blockdev-add", options.clone(), 3, false);
+        let back: Value = serde_json::from_slice(&line).expect("our own line");
+        assert_eq!(back["arguments"], options);
     }
 }
