@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod check;
+mod demo;
 mod guest;
+mod tidy;
 
 /// The project's own chores.
 #[derive(Debug, Parser)]
@@ -17,10 +20,19 @@ struct Arguments {
 enum Chore {
     /// Make the test guest from distribution packages, or find it made already.
     Guest(guest::Arguments),
+    /// Show the main job with its figures.
+    Demo(demo::Arguments),
+    /// The one gate: formatting, house rules, clippy, documents, tests.
+    Check(check::Arguments),
+    /// Only the house rules: sizes, names, arrows between crates, links.
+    Tidy,
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().chore {
         Chore::Guest(arguments) => guest::run(&arguments),
+        Chore::Demo(arguments) => demo::run(&arguments),
+        Chore::Check(arguments) => check::run(&arguments),
+        Chore::Tidy => tidy::run(),
     }
 }
