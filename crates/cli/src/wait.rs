@@ -23,9 +23,9 @@ use crate::session::{Session, Tried};
 /// How long a manager may be away before we give up. Shorter, and an upgrade of the manager breaks every script that
 /// waits; longer, and a dead one is noticed late.
 const RETRY_LIMIT: Duration = Duration::from_secs(60);
-/// Between two attempts to reach it.
+/// Between two rounds of asking, when its events have ended before the operation has.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How long to wait at the manager when its events have ended before the operation has.
+/// How long the manager may hold back its answer then.
 const FALLBACK_WAIT_MS: u64 = 2_000;
 
 /// What programs are told at the beginning and at the end of a change.
@@ -160,11 +160,11 @@ pub async fn to_end(session: &Session, operation: Operation) -> Result<Operation
         match next_end(session, &path, &mut reporter).await {
             Ok(Some(over)) => return Ok(over),
             Ok(None) => answered = Instant::now(),
-            Err(Failure::Problem(problem)) if is_passing(&problem) && answered.elapsed() < RETRY_LIMIT => {
-                tokio::time::sleep(RETRY_INTERVAL).await;
-            }
+            Err(Failure::Problem(problem)) if is_passing(&problem) && answered.elapsed() < RETRY_LIMIT => {}
             Err(failure) => return Err(failure),
         }
+        // Also after an answer: one that says "not yet" at once must not be asked for in a circle.
+        tokio::time::sleep(RETRY_INTERVAL).await;
     }
 }
 
