@@ -24,6 +24,9 @@ pub mod vm;
 pub mod access;
 pub mod placement;
 
+#[cfg(test)]
+mod diagram;
+
 pub use id::{HostId, ImageId, LayerId, OperationId, SegmentId, SnapshotId, TokenId, UserId, VmId};
 pub use problem::{Problem, ProblemCode};
 pub use time::Timestamp;

@@ -86,3 +86,102 @@ pub fn place(spec: &VmSpec, candidates: &[Candidate<'_>]) -> Result<HostId, Prob
     }
     Err(Problem::new(ProblemCode::NoPlacement, message))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{Accelerator, Inventory, NetworkMode, PoolReport, QemuAbilities};
+    use crate::{ImageId, Timestamp};
+
+    fn host(number: u8, memory_mib: u64) -> Host {
+        let pool = PoolReport {
+            name: "default".parse().expect("name"),
+            pool_uuid: "u".into(),
+            size_bytes: 1,
+            free_bytes: 1,
+        };
+        let qemu = QemuAbilities {
+            version: "7.2".into(),
+            machine_types: vec!["pc-q35-7.2".into()],
+            cpu_models: vec!["max".into()],
+            migration_capabilities: vec![],
+        };
+        Host {
+            id: HostId::from_entropy([number; 10]),
+            name: format!("h{number}").parse().expect("name"),
+            address: String::new(),
+            state: HostState::Online,
+            inventory: Some(Inventory {
+                hostname: String::new(),
+                cpus: 2,
+                memory_mib,
+                memory_available_mib: memory_mib,
+                accelerator: Accelerator::Tcg,
+                accelerator_note: None,
+                qemu,
+                pools: vec![pool],
+                network: NetworkMode::User,
+                isolated_users: false,
+                agent_version: String::new(),
+            }),
+            last_seen_at: None,
+            offline_reason: None,
+            joined_at: Timestamp::default(),
+        }
+    }
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            vcpus: 1,
+            memory_mib: 1024,
+            disk_mib: 1,
+            image: ImageId::from_entropy([0; 10]),
+            pool: "default".parse().expect("name"),
+            machine_type: "pc-q35-7.2".into(),
+            cpu_model: "max".into(),
+            nics: vec![],
+            user_data: None,
+            protected: false,
+            ready_timeout_s: 1,
+        }
+    }
+
+    #[test]
+    fn the_host_with_the_most_left_is_taken_and_a_tie_is_broken_by_id() {
+        let hosts = [host(3, 4096), host(1, 8192), host(2, 8192)];
+        let candidates: Vec<_> = hosts.iter().map(|host| Candidate { host, promised_mib: 0 }).collect();
+        assert_eq!(
+            rank(&spec(), &candidates),
+            [hosts[1].id.clone(), hosts[2].id.clone(), hosts[0].id.clone()]
+        );
+        let promised: Vec<_> = hosts
+            .iter()
+            .map(|host| Candidate { host, promised_mib: if host.id == hosts[1].id { 4000 } else { 0 } })
+            .collect();
+        assert_eq!(place(&spec(), &promised).expect("room"), hosts[2].id);
+    }
+
+    #[test]
+    fn every_reason_is_said_host_by_host() {
+        let wanted = spec();
+        let check = |change: &dyn Fn(&mut Host, &mut VmSpec), reason: &str| {
+            let (mut host, mut spec) = (host(1, 4096), wanted.clone());
+            change(&mut host, &mut spec);
+            let problem = place(&spec, &[Candidate { host: &host, promised_mib: 0 }]).expect_err(reason);
+            assert_eq!(problem.code, ProblemCode::NoPlacement);
+            assert!(
+                problem.message.contains("h1: ") && problem.message.contains(reason),
+                "{}",
+                problem.message
+            );
+        };
+        check(&|host, _| host.state = HostState::Offline, "offline");
+        check(&|host, _| host.inventory = None, "not reported");
+        check(&|_, spec| spec.machine_type = "pc-q35-99.0".into(), "machine type");
+        check(&|_, spec| spec.cpu_model = "Cray".into(), "CPU model");
+        check(&|_, spec| spec.pool = "other".parse().expect("name"), "pool other");
+        check(&|_, spec| spec.vcpus = 17, "vCPUs");
+        check(&|_, spec| spec.memory_mib = 4096 - HOST_RESERVE_MIB - VM_OVERHEAD_MIB + 1, "MiB");
+        check(&|_, spec| spec.memory_mib = u64::MAX, "MiB");
+    }
+}

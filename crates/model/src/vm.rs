@@ -391,15 +391,7 @@ mod tests {
                 }
             }
         }
-        let mut from_diagram: Vec<String> = include_str!("vm.rs")
-            .lines()
-            .filter_map(|line| line.strip_prefix("//!     "))
-            .filter(|line| line.contains("-->"))
-            .map(str::to_owned)
-            .collect();
-        from_code.sort();
-        from_diagram.sort();
-        assert_eq!(from_code, from_diagram);
+        crate::diagram::check(include_str!("vm.rs"), from_code);
     }
 
     #[test]
