@@ -3,7 +3,9 @@
 use clap::{Args, Parser, Subcommand};
 
 use crate::output::Format;
-use crate::{access, audit, host, image, login, migration, operation, segment, snapshot, token, user, vm};
+use crate::{
+    access, audit, daemon, host, image, login, migration, operation, segment, snapshot, token, up, user, vm,
+};
 
 const AFTER: &str = "\
 A VM is named segment/name; a name alone means segment 'default'. Wherever a name is expected, an id will do.
@@ -30,6 +32,22 @@ pub struct Cli {
 /// The nouns.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Bring up a whole cluster on this machine, to try it
+    Up(up::UpArguments),
+    /// Take down what 'berth up' brought up
+    Down(up::DownArguments),
+    /// The manager's daemon
+    Manager {
+        /// What to do.
+        #[command(subcommand)]
+        verb: daemon::ManagerVerb,
+    },
+    /// The daemon of a host
+    Agent {
+        /// What to do.
+        #[command(subcommand)]
+        verb: daemon::AgentVerb,
+    },
     /// Say which cluster to talk to, and who you are
     Login(login::Arguments),
     /// Who you are

@@ -6,7 +6,7 @@
 use std::env;
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -43,6 +43,8 @@ pub struct Config {
     pub ca_pem: String,
     /// The bearer token, if there is one.
     pub token: Option<String>,
+    /// A file that should be mended, and how.
+    pub warning: Option<String>,
 }
 
 /// What the environment says; a value, so that tests need not change their own.
@@ -88,9 +90,9 @@ pub fn directory() -> Option<PathBuf> {
 /// # Errors
 /// When something is missing or can't be read: what, and what to do.
 pub fn resolve(environment: &Environment) -> Result<Config, Failure> {
-    let file = match &environment.file {
+    let (file, warning) = match &environment.file {
         Some((path, wanted)) => load(path, *wanted)?,
-        None => ConfigFile::default(),
+        None => (ConfigFile::default(), None),
     };
     let url = environment.url.clone().or(file.url).ok_or_else(|| {
         Problem::new(
@@ -107,14 +109,15 @@ pub fn resolve(environment: &Environment) -> Result<Config, Failure> {
     })?;
     let ca_pem = fs::read_to_string(&ca)
         .map_err(|error| Failure::field("ca", ca.display(), &format!("a file that can be read ({error})")))?;
-    Ok(Config { address: address_of(&url)?, ca_pem, token: environment.token.clone().or(file.token) })
+    let token = environment.token.clone().or(file.token);
+    Ok(Config { address: address_of(&url)?, ca_pem, token, warning })
 }
 
-fn load(path: &Path, wanted: bool) -> Result<ConfigFile, Failure> {
+fn load(path: &Path, wanted: bool) -> Result<(ConfigFile, Option<String>), Failure> {
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !wanted => {
-            return Ok(ConfigFile::default());
+            return Ok((ConfigFile::default(), None));
         }
         Err(error) => {
             let expected = format!("a file that can be read ({error})");
@@ -134,10 +137,9 @@ fn load(path: &Path, wanted: bool) -> Result<ConfigFile, Failure> {
     {
         file.ca = Some(directory.join(ca));
     }
-    if file.token.is_some() && readable_by_others(path) {
-        eprintln!("warning: others can read the token in {}: chmod 600 it", path.display());
-    }
-    Ok(file)
+    let warning = (file.token.is_some() && readable_by_others(path))
+        .then(|| format!("warning: others can read the token in {}: chmod 600 it", path.display()));
+    Ok((file, warning))
 }
 
 fn readable_by_others(path: &Path) -> bool {
@@ -172,6 +174,18 @@ pub fn address_of(url: &str) -> Result<String, Failure> {
 pub fn save(path: &Path, file: &ConfigFile) -> Result<()> {
     let text = toml::to_string(file).context("the configuration can't be written as TOML")?;
     write_private(path, text.as_bytes())
+}
+
+/// Makes a directory that only its owner can enter, unless it is there.
+///
+/// # Errors
+/// When it can't be made.
+pub fn make_private_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("{} can't be made", path.display()))
 }
 
 /// Writes a file that only its owner can read, whole or not at all.
@@ -238,7 +252,12 @@ mod tests {
         assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
         let read =
             resolve(&Environment { file: Some((path, true)), ..Environment::default() }).expect("resolved");
-        let expected = Config { address: "a:1".into(), ca_pem: "PEM".into(), token: Some("secret".into()) };
+        let expected = Config {
+            address: "a:1".into(),
+            ca_pem: "PEM".into(),
+            token: Some("secret".into()),
+            warning: None,
+        };
         assert_eq!(read, expected);
     }
 
@@ -247,6 +266,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("client.toml");
         fs::write(&path, "url = \"https://a:1\"\nca = \"ca.pem\"\ntoken = \"one\"\n").expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("opened");
         fs::write(directory.path().join("ca.pem"), "PEM").expect("written");
         let environment = Environment {
             url: Some("https://b:2".into()),
@@ -256,6 +276,7 @@ mod tests {
         };
         let read = resolve(&environment).expect("resolved");
         assert_eq!((read.address.as_str(), read.token.as_deref()), ("b:2", Some("two")));
+        assert!(read.warning.expect("others can read it").contains("chmod 600"));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::session::Session;
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// The manager: https://HOST[:PORT]
-    #[arg(env = "BERTH_URL")]
+    #[arg(long, env = "BERTH_URL")]
     url: String,
     /// File with the cluster's CA certificate (ca.pem); a copy of it is kept
     #[arg(long, value_name = "FILE", env = "BERTH_CA")]
@@ -45,7 +45,7 @@ pub async fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
     })?;
     let address = config::address_of(&arguments.url)?;
     let token = token(&arguments)?;
-    let config = Config { address: address.clone(), ca_pem, token: Some(token.clone()) };
+    let config = Config { address: address.clone(), ca_pem, token: Some(token.clone()), warning: None };
     let session = Session::with_config(&config, output.clone())?;
     let me = session.ask::<WhoAmIShow>(&Nothing {}, &Nothing {}).await?;
 

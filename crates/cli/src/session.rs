@@ -40,6 +40,9 @@ impl Session {
     /// When it is not known which cluster to talk to.
     pub fn open(output: Output) -> Result<Self, Failure> {
         let config = config::resolve(&Environment::read())?;
+        if let Some(warning) = &config.warning {
+            output.remark(warning);
+        }
         Self::with_config(&config, output)
     }
 

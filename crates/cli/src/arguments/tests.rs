@@ -38,6 +38,12 @@ fn lines_that_are_right_are_taken() {
         "berth operation list --kind vm.migrate --vm books",
         "berth token create ci --note builds --expires 30d",
         "berth completions bash",
+        "berth up --hosts 3 --dir x --detach --link-mbit 1000",
+        "berth down --dir x --purge",
+        "berth manager run --config m.toml",
+        "berth agent run --config a.toml",
+        "berth agent join --manager m:8443 --token t --name h1 --pool local=/srv --bridge br0",
+        "berth login --url https://m:8443 --ca ca.pem",
     ] {
         assert!(parses(line), "{line}");
     }
@@ -66,6 +72,10 @@ fn lines_that_are_wrong_are_refused() {
         "berth operation list --kind vm.fly",
         "berth token delete user-0000000000000000",
         "berth vm list --output xml",
+        "berth up --hosts 0",
+        "berth up --hosts 9",
+        "berth agent join --manager m:8443 --name h1",
+        "berth agent join --manager m:8443 --name H1 --token t",
     ] {
         assert!(!parses(line), "{line}");
     }

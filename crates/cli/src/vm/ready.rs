@@ -59,7 +59,10 @@ pub async fn wait_for(session: &Session, vm: &VmRef, goal: Goal) -> Result<Vm, F
         };
         match &now.status.operation {
             Some(operation) => follow(session, operation).await?,
-            None if late => return Err(never(&now, goal, &why(&now))),
+            // The manager writes down why there is none only when it has given up for the time being.
+            None if late || (goal == Goal::Baseline && now.status.baseline_note.is_some()) => {
+                return Err(never(&now, goal, &why(&now)));
+            }
             None => tokio::time::sleep(INTERVAL).await,
         }
     }
