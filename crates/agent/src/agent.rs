@@ -188,11 +188,11 @@ impl Agent {
 
     async fn take_up_vms(&self) -> Result<(), StartError> {
         let found = vms_on_record(&self.services.layout)?;
-        let known: Vec<ProcessRecord> = found.iter().filter_map(|(_, record)| record.process.clone()).collect();
+        let known: Vec<ProcessRecord> =
+            found.iter().filter_map(|(_, record)| record.process.clone()).collect();
         self.services.launcher.end_unknown(&known).await;
-        for (vm, _) in found {
-            self.vms.take_up(vm).await;
-        }
+        // All at once: one whose monitor hangs must not keep the others waiting.
+        futures_util::future::join_all(found.into_iter().map(|(vm, _)| self.vms.take_up(vm))).await;
         Ok(())
     }
 }
@@ -216,7 +216,9 @@ fn vms_on_record(layout: &Layout) -> Result<Vec<(VmId, HostRecord)>, FileError> 
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&directory).map_err(FileError::io(&directory, "listed"))? {
         let entry = entry.map_err(FileError::io(&directory, "listed"))?;
-        let Some(vm) = entry.file_name().to_str().and_then(|name| VmId::from_str(name).ok()) else { continue };
+        let Some(vm) = entry.file_name().to_str().and_then(|name| VmId::from_str(name).ok()) else {
+            continue;
+        };
         if let Some(record) = durable::read_json(&layout.host_record(&vm))? {
             found.push((vm, record));
         }

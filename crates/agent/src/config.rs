@@ -177,7 +177,9 @@ impl NetworkConfig {
     fn fault(&self) -> Option<String> {
         match (self.mode, self.bridge.as_deref()) {
             (NetworkMode::User, _) => None,
-            (NetworkMode::Bridge, None) => Some("network.bridge is missing: expected a bridge's name".to_owned()),
+            (NetworkMode::Bridge, None) => {
+                Some("network.bridge is missing: expected a bridge's name".to_owned())
+            }
             (NetworkMode::Bridge, Some(name)) => {
                 let plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
                 let good = !name.is_empty()

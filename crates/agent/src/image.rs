@@ -117,7 +117,7 @@ impl Images {
         pool: &PoolDirs,
         image: &ImageId,
         expected: &Expected,
-        bytes: Chunks,
+        bytes: &mut Chunks,
     ) -> Result<StoredPart, Problem> {
         if let Some(part) = record(pool, image).await?.parts.get(&expected.role)
             && part.sha256 == expected.sha256
@@ -168,8 +168,8 @@ impl Images {
                 .download::<berth_api::agent::PeerImageDownload>(&path, &berth_api::endpoint::Nothing {})
                 .await
                 .map_err(berth_api::ClientError::into_problem)?;
-            let bytes = chunks(response.into_body());
-            task.unless_cancelled(self.take(services, &dirs, &image.id, &expected, bytes)).await??;
+            let mut bytes = chunks(response.into_body());
+            task.unless_cancelled(self.take(services, &dirs, &image.id, &expected, &mut bytes)).await??;
         }
         Ok(())
     }

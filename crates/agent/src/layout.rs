@@ -126,7 +126,12 @@ impl Layout {
     /// When this host has no such pool.
     pub fn vm(&self, vm: &VmId, pool: &Name) -> Result<VmDirs, Problem> {
         let pool = self.pool(pool)?;
-        Ok(VmDirs { disk: pool.vm(vm), state: self.vm_states().join(vm.as_str()), run: self.vm_run(vm), pool })
+        Ok(VmDirs {
+            disk: pool.vm(vm),
+            state: self.vm_states().join(vm.as_str()),
+            run: self.vm_run(vm),
+            pool,
+        })
     }
 }
 

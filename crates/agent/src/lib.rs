@@ -6,11 +6,16 @@
 //! [`durable`] (files), [`disk`], [`image`], [`seed`], [`network`], [`console`], [`sandbox`].
 
 pub mod config;
+pub mod run;
 
 pub mod agent;
+pub mod http;
+pub mod identity;
 pub mod services;
 pub mod task;
 
+pub mod inventory;
+pub mod metrics;
 pub mod report;
 pub mod vm;
 
@@ -38,3 +43,5 @@ mod testing;
 
 pub use agent::{Agent, StartError};
 pub use config::AgentConfig;
+pub use identity::{Enrolment, enrol};
+pub use run::{RunError, run, runtime};

@@ -79,7 +79,9 @@ async fn open_tap(request: tap::Request) -> Result<OwnedFd, Problem> {
         let wanted = request.clone();
         match blocking(move || Ok(tap::open(&wanted))).await? {
             Ok(tap) => return Ok(tap),
-            Err(error) if error.is_busy() && began.elapsed() < TAP_WAIT => tokio::time::sleep(TAP_RETRY).await,
+            Err(error) if error.is_busy() && began.elapsed() < TAP_WAIT => {
+                tokio::time::sleep(TAP_RETRY).await
+            }
             Err(error) => {
                 let text = crate::durable::with_causes(&error);
                 return Err(Problem::new(ProblemCode::Hypervisor, format!("the VM has no network: {text}")));
@@ -95,9 +97,8 @@ fn user(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<Lease, Problem>
     for (index, nic) in nics.iter().enumerate() {
         let mut forwards = wanted_forwards(nic);
         for forward in &mut forwards {
-            let same = |old: &&PortForward| {
-                old.protocol == forward.protocol && old.guest_port == forward.guest_port
-            };
+            let same =
+                |old: &&PortForward| old.protocol == forward.protocol && old.guest_port == forward.guest_port;
             let old = before.get(index).and_then(|old| old.iter().find(same)).map(|old| old.host_port);
             let (port, guard) = choose_port(forward, old)?;
             forward.host_port = port;
@@ -166,7 +167,8 @@ fn subnet(index: usize, nic: &NicSpec) -> Result<Option<UserSubnet>, Problem> {
     let mask = if prefix == 0 { 0 } else { u32::MAX << (32 - prefix) };
     let network = u32::from(guest) & mask;
     let gateway = nic.gateway.as_ref().and_then(|gateway| gateway.parse::<Ipv4Addr>().ok());
-    let mut free = (network + 1..network | !mask).map(Ipv4Addr::from).filter(|&ip| ip != guest && Some(ip) != gateway);
+    let mut free =
+        (network + 1..network | !mask).map(Ipv4Addr::from).filter(|&ip| ip != guest && Some(ip) != gateway);
     let host = gateway.filter(|&ip| u32::from(ip) & mask == network && ip != guest).or_else(|| free.next());
     let none_left = || wrong("an address in a network with room for a gateway");
     Ok(Some(UserSubnet {
@@ -187,7 +189,8 @@ mod tests {
     fn the_probe_and_ssh_are_forwarded_and_keep_their_ports() {
         let nics = [testing::nic(None, None), testing::nic(None, None)];
         let first = user(&nics, &[]).expect("lease").forwards;
-        let ports: std::collections::BTreeSet<u16> = first.iter().flatten().map(|forward| forward.host_port).collect();
+        let ports: std::collections::BTreeSet<u16> =
+            first.iter().flatten().map(|forward| forward.host_port).collect();
         assert_eq!(ports.len(), 4, "all different: {first:?}");
         assert_eq!(user(&nics, &first).expect("again").forwards, first);
         let taken = UdpSocket::bind(("127.0.0.1", first[0][0].host_port)).expect("taken");
@@ -213,7 +216,10 @@ mod tests {
         assert_eq!(around.host.to_string(), "198.18.5.2");
         assert_eq!(around.name_server.to_string(), "198.18.5.3");
         let around = one("198.18.5.20/24", Some("198.18.5.1")).expect("good").expect("some");
-        assert_eq!((around.host.to_string(), around.name_server.to_string()), ("198.18.5.1".into(), "198.18.5.2".into()));
+        assert_eq!(
+            (around.host.to_string(), around.name_server.to_string()),
+            ("198.18.5.1".into(), "198.18.5.2".into())
+        );
         assert!(one("198.18.5.20/30", None).is_err());
         assert!(one("nonsense", None).is_err());
     }

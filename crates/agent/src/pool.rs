@@ -154,7 +154,8 @@ mod tests {
         let path = directory.path().join("closed/pool");
         fs::create_dir_all(&path).expect("made");
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711)).expect("opened");
-        fs::set_permissions(directory.path().join("closed"), fs::Permissions::from_mode(0o700)).expect("closed");
+        fs::set_permissions(directory.path().join("closed"), fs::Permissions::from_mode(0o700))
+            .expect("closed");
         let dirs = PoolDirs { name: "local".parse().expect("name"), path };
         let error = open(dirs, true).expect_err("closed").to_string();
         assert!(error.contains("/closed can't be entered"), "{error}");

@@ -156,7 +156,11 @@ fn check_version_3(fields: &Fields<'_>) -> Result<usize, Fault> {
     }
     let compression = if length > LENGTH_V3 { fields.byte(104)? } else { 0 };
     if compression > 1 || (compression == 1) != (features & INCOMPATIBLE_COMPRESSION != 0) {
-        return Err(out_of_range("the compression", compression.into(), "0 (zlib) or 1 (zstd, with its feature)"));
+        return Err(out_of_range(
+            "the compression",
+            compression.into(),
+            "0 (zlib) or 1 (zstd, with its feature)",
+        ));
     }
     Ok(length)
 }
@@ -171,7 +175,11 @@ fn check_tables(fields: &Fields<'_>, cluster_bits: u32) -> Result<u64, Fault> {
     // One entry of the first level stands for a table of one cluster, whose entries have 8 or 16 bytes.
     let needed = virtual_size.div_ceil(cluster * (cluster / 8));
     if entries < needed || entries > LEVEL1_ENTRIES_MAX {
-        return Err(out_of_range("the first-level table", entries, "as many entries as the disk's size needs"));
+        return Err(out_of_range(
+            "the first-level table",
+            entries,
+            "as many entries as the disk's size needs",
+        ));
     }
     fields.inside("the first-level table", fields.u64(40)?, entries * 8, cluster)?;
     let refcount_bytes = u64::from(fields.u32(56)?) * cluster;
@@ -198,7 +206,13 @@ fn check_extensions(fields: &Fields<'_>, from: usize, cluster: usize) -> Result<
         }
         at = match at.checked_add(8).and_then(|at| at.checked_add(length.checked_next_multiple_of(8)?)) {
             Some(next) if next <= end => next,
-            _ => return Err(out_of_range("an extension's length", length as u64, "no more than the head has room for")),
+            _ => {
+                return Err(out_of_range(
+                    "an extension's length",
+                    length as u64,
+                    "no more than the head has room for",
+                ));
+            }
         };
     }
     Ok(())
@@ -234,7 +248,11 @@ impl Fields<'_> {
     /// A table must begin at a cluster, after the head, and end within the file.
     fn inside(&self, what: &'static str, offset: u64, bytes: u64, cluster: u64) -> Result<(), Fault> {
         if offset == 0 || !offset.is_multiple_of(cluster) {
-            return Err(out_of_range(what, offset, "an offset that is a multiple of the cluster size, not 0"));
+            return Err(out_of_range(
+                what,
+                offset,
+                "an offset that is a multiple of the cluster size, not 0",
+            ));
         }
         match offset.checked_add(bytes) {
             Some(end) if end <= self.length => Ok(()),

@@ -135,7 +135,7 @@ impl Machine<'_> {
 
     fn memory(&self, words: &mut Words) {
         let size = format!("size={}M", self.definition.spec.memory_mib);
-        words.pair("-m", format!("{size},slots=0"));
+        words.pair("-m", size.clone());
         match &self.plan.memory {
             Memory::Anonymous => words.pair("-object", format!("memory-backend-ram,id={MEMORY_ID},{size}")),
             Memory::Image(path) => {
@@ -157,7 +157,8 @@ impl Machine<'_> {
         words.pair("-blockdev", disk::seed_options(&self.dirs.seed()).to_string());
         let top = chain.top_node();
         words.pair("-device", format!("virtio-blk-pci,id={DISK_ID},drive={top},{}", self.slot(0x3)));
-        words.pair("-device", format!("virtio-blk-pci,id=seed0,drive={},{}", disk::SEED_NODE, self.slot(0x4)));
+        words
+            .pair("-device", format!("virtio-blk-pci,id=seed0,drive={},{}", disk::SEED_NODE, self.slot(0x4)));
     }
 
     fn ports(&self, words: &mut Words) {
@@ -166,7 +167,10 @@ impl Machine<'_> {
         for (number, (socket, name)) in (1..).zip(ports) {
             words.socket(socket);
             let chardev = socket.device();
-            words.pair("-device", format!("virtserialport,bus=serial0.0,nr={number},chardev={chardev},name={name}"));
+            words.pair(
+                "-device",
+                format!("virtserialport,bus=serial0.0,nr={number},chardev={chardev},name={name}"),
+            );
         }
         words.socket(Socket::Console);
         words.pair("-device", format!("isa-serial,id=console0,chardev={}", Socket::Console.device()));
@@ -189,11 +193,15 @@ impl Machine<'_> {
                     let mut text = format!("user,id=net{index},ipv6=off");
                     let mut guest = String::new();
                     if let Some(UserSubnet { network, prefix, guest: address, host, name_server }) = subnet {
-                        text.push_str(&format!(",net={network}/{prefix},host={host},dns={name_server},dhcpstart={address}"));
+                        text.push_str(&format!(
+                            ",net={network}/{prefix},host={host},dns={name_server},dhcpstart={address}"
+                        ));
                         guest = address.to_string();
                     }
                     for PortForward { protocol, host_port, guest_port } in forwards {
-                        text.push_str(&format!(",hostfwd={protocol}:127.0.0.1:{host_port}-{guest}:{guest_port}"));
+                        text.push_str(&format!(
+                            ",hostfwd={protocol}:127.0.0.1:{host_port}-{guest}:{guest_port}"
+                        ));
                     }
                     words.pair("-netdev", text);
                 }
@@ -201,7 +209,10 @@ impl Machine<'_> {
             let slot = self.slot(0x10 + u32::try_from(index).unwrap_or(u32::MAX));
             // No boot ROM: no VM starts from the network, and a ROM's size would be one more thing that has to agree.
             let device = "virtio-net-pci,romfile=";
-            words.pair("-device", format!("{device},id=nic{index},netdev=net{index},mac={},{slot}", escaped(&nic.mac)));
+            words.pair(
+                "-device",
+                format!("{device},id=nic{index},netdev=net{index},mac={},{slot}", escaped(&nic.mac)),
+            );
         }
     }
 

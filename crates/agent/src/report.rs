@@ -101,9 +101,11 @@ mod tests {
             wait_ms: Some(wait_ms),
         };
         assert_eq!(board.wait(&query(10)).await, first, "the same again is no news");
-        let (waited, ()) = tokio::join!(board.wait(&query(30_000)), async { board.set(&vm, None) });
+        let long = query(30_000);
+        let (waited, ()) = tokio::join!(board.wait(&long), async { board.set(&vm, None) });
         assert!(waited.vms.is_empty() && waited.generation > first.generation);
-        let stranger = ReportQuery { incarnation: Some("two".into()), after: Some(99), wait_ms: Some(30_000) };
+        let stranger =
+            ReportQuery { incarnation: Some("two".into()), after: Some(99), wait_ms: Some(30_000) };
         assert_eq!(board.wait(&stranger).await.incarnation, "one");
     }
 }

@@ -75,9 +75,7 @@ pub fn confine(command: &mut Command, confinement: Confinement, files: Vec<Owned
 fn keep_only(files: &[OwnedFd]) -> rustix::io::Result<()> {
     // SAFETY: `close_range` with this flag touches no memory, and closes nothing now.
     #[allow(unsafe_code)]
-    let result = unsafe {
-        libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
-    };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if result != 0 {
         return Err(last_error());
     }

@@ -116,7 +116,8 @@ pub fn cancelled() -> Problem {
 
 impl Entry {
     fn new(id: &str, put: PutTask) -> Self {
-        let state = TaskState::Running { progress: Progress { phase: "waiting".to_owned(), ..Progress::default() } };
+        let state =
+            TaskState::Running { progress: Progress { phase: "waiting".to_owned(), ..Progress::default() } };
         let task = Task { id: id.to_owned(), version: 1, state };
         Self { put, state: watch::Sender::new(task), cancel: CancellationToken::new() }
     }
@@ -159,7 +160,10 @@ impl TaskRegistry {
             return Ok(Accepted::Known(known.task()));
         }
         if tasks.known.len() - tasks.finished.len() >= RUNNING_MAX {
-            return Err(Problem::new(ProblemCode::Busy, format!("{RUNNING_MAX} tasks are under way already")));
+            return Err(Problem::new(
+                ProblemCode::Busy,
+                format!("{RUNNING_MAX} tasks are under way already"),
+            ));
         }
         let context = TaskContext::detached(id, put);
         tasks.known.insert(id.to_owned(), context.clone());

@@ -73,6 +73,7 @@ pub struct VmRuntime {
     id: VmId,
     home: Option<Home>,
     running: Option<Running>,
+    stray: Option<process::Stray>,
     next_serial: u64,
     /// The newest generation that was commanded since the agent's start.
     commanded: u64,
@@ -194,7 +195,7 @@ impl VmRuntime {
 
     /// Whether the VM has no process, so that its disk rests.
     pub fn rests(&self) -> bool {
-        self.running.is_none() && self.status.state() == VmState::Stopped
+        self.running.is_none() && self.stray.is_none() && self.status.state() == VmState::Stopped
     }
 
     /// Makes this host know of a VM in a pool; nothing if it does.
@@ -207,7 +208,11 @@ impl VmRuntime {
                 return Ok(());
             }
             let message = format!("{} is in pool '{}' on this host", self.id, home.host.pool);
-            return Err(Problem::new(ProblemCode::WrongState, message).at("pool", pool, home.host.pool.as_str()));
+            return Err(Problem::new(ProblemCode::WrongState, message).at(
+                "pool",
+                pool,
+                home.host.pool.as_str(),
+            ));
         }
         let dirs = self.services.layout.vm(&self.id, pool)?;
         let path = dirs.vm_record();
@@ -319,11 +324,9 @@ impl VmRuntime {
     }
 
     async fn save_host(&self, home: &Home) -> Result<(), Problem> {
-        let (directory, path, record) =
-            (home.dirs.state.clone(), home.dirs.host_record(), home.host.clone());
+        let (directory, path, record) = (home.dirs.state.clone(), home.dirs.host_record(), home.host.clone());
         blocking(move || {
-            std::fs::create_dir_all(&directory)
-                .map_err(durable::FileError::io(&directory, "made"))?;
+            std::fs::create_dir_all(&directory).map_err(durable::FileError::io(&directory, "made"))?;
             durable::sync_parent(&directory)?;
             Ok(durable::write_json(&path, &record)?)
         })

@@ -65,8 +65,11 @@ impl QemuImg {
     }
 
     async fn check(&self, path: &Path) -> Result<(), Problem> {
-        let arguments: Vec<String> =
-            ["check", "-q", "-f", "qcow2"].into_iter().map(str::to_owned).chain([path.display().to_string()]).collect();
+        let arguments: Vec<String> = ["check", "-q", "-f", "qcow2"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain([path.display().to_string()])
+            .collect();
         let limits = Limits {
             cpu_s: Some(CHECK_TIMEOUT.as_secs()),
             memory_bytes: Some(MEMORY_BYTES_MAX),
@@ -118,7 +121,9 @@ fn make_empty(path: &Path, user_id: Option<u32>) -> Result<(), FileError> {
     let file = OpenOptions::new().write(true).create_new(true).mode(WRITABLE_MODE).open(path);
     let file = file.map_err(FileError::io(path, "made"))?;
     match user_id {
-        Some(id) => std::os::unix::fs::fchown(file, Some(id), Some(id)).map_err(FileError::io(path, "given away")),
+        Some(id) => {
+            std::os::unix::fs::fchown(file, Some(id), Some(id)).map_err(FileError::io(path, "given away"))
+        }
         None => Ok(()),
     }
 }

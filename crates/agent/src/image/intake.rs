@@ -30,7 +30,9 @@ static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// Whether a file is the unfinished part of an agent of this host.
 pub fn is_of(name: &OsStr, host: &HostId) -> bool {
-    name.to_str().and_then(|name| name.strip_prefix(PREFIX)).is_some_and(|rest| rest.starts_with(host.as_str()))
+    name.to_str()
+        .and_then(|name| name.strip_prefix(PREFIX))
+        .is_some_and(|rest| rest.starts_with(host.as_str()))
 }
 
 /// A part on its way. Dropped before it is kept, it leaves nothing behind.
@@ -92,7 +94,7 @@ impl Intake {
     ///
     /// # Errors
     /// When they differ, the bytes stop coming, or there is no room.
-    pub async fn fill(&mut self, mut bytes: Chunks) -> Result<(), Problem> {
+    pub async fn fill(&mut self, bytes: &mut Chunks) -> Result<(), Problem> {
         let mut gathered = Vec::new();
         let mut length = 0u64;
         while let Some(chunk) = bytes.next().await {
@@ -137,7 +139,11 @@ impl Intake {
         let found: String = sink.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         if found != self.expected.sha256 {
             let message = format!("the bytes have the SHA-256 {found}");
-            return Err(Problem::new(ProblemCode::BadImage, message).at("sha256", found, &self.expected.sha256));
+            return Err(Problem::new(ProblemCode::BadImage, message).at(
+                "sha256",
+                found,
+                &self.expected.sha256,
+            ));
         }
         let path = self.path.clone();
         let file = sink.file;
@@ -151,7 +157,11 @@ impl Intake {
 
     fn wrong_length(&self, found: &str) -> Problem {
         let message = format!("{found} bytes came: expected {}", self.expected.size_bytes);
-        Problem::new(ProblemCode::BadImage, message).at("size_bytes", found, self.expected.size_bytes.to_string())
+        Problem::new(ProblemCode::BadImage, message).at(
+            "size_bytes",
+            found,
+            self.expected.size_bytes.to_string(),
+        )
     }
 
     /// Looks at what came; gives the size that a guest sees, in bytes.

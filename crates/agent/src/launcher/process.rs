@@ -34,6 +34,8 @@ mod sockets;
 const MARK: &str = "BERTH_RUN";
 /// How long QEMU may take to greet. A loaded host starts it slowly; one that hangs would hold its VM's queue for ever.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long one that is up already may take to greet an agent that has just started.
+const ADOPTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much of what QEMU said is shown, in bytes from its end.
 const LAST_WORDS_BYTES: u64 = 2048;
 
@@ -72,12 +74,13 @@ impl ProcessLauncher {
         };
         let run_dir = spec.run_dir.clone();
         let spawned = tokio::task::spawn_blocking(move || plan.spawn(spec)).await;
-        let (record, pidfd) = spawned.map_err(|error| failed("making a process")(io::Error::other(error)))??;
+        let (record, pidfd) =
+            spawned.map_err(|error| failed("making a process")(io::Error::other(error)))??;
         let process = watched(record, pidfd, run_dir.join("qemu.log"), true)?;
         // Whoever stops waiting for the greeting must not leave a process behind.
         let mut guard = Guard(Some(process.clone()));
         let launched = tokio::select! {
-            greeted = greet(&run_dir) => match greeted {
+            greeted = greet(&run_dir, GREETING_TIMEOUT) => match greeted {
                 Ok((qmp, events)) => Ok(Launched { qmp, events, process: process.clone() }),
                 Err(source) => Err(ended_or(&process, source).await),
             },
@@ -105,7 +108,7 @@ impl ProcessLauncher {
             _ => return Ok(None),
         }
         let process = watched(record.clone(), pidfd, run_dir.join("qemu.log"), false)?;
-        match greet(run_dir).await {
+        match greet(run_dir, ADOPTION_TIMEOUT).await {
             Ok((qmp, events)) => Ok(Some(Launched { qmp, events, process })),
             Err(_) if process.has_exited() => Ok(None),
             Err(source) => Err(LaunchError::Monitor { source, process: Some(process) }),
@@ -200,7 +203,8 @@ impl Plan {
         let child = command.spawn().map_err(failed("starting its program"))?;
         // With it go the files that QEMU has now: its ends of the sockets must close when it ends.
         drop(command);
-        let pid = i32::try_from(child.id()).map_err(|error| failed("naming the process")(io::Error::other(error)))?;
+        let pid = i32::try_from(child.id())
+            .map_err(|error| failed("naming the process")(io::Error::other(error)))?;
         let pidfd = open_pidfd(pid).and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()));
         let pidfd = pidfd.map_err(failed("watching the process"))?;
         let start_time_ticks = proc::start_time_ticks(pid).map_err(failed("watching the process"))?;
@@ -303,12 +307,12 @@ fn last_words(log: &Path) -> String {
     String::from_utf8_lossy(&read().unwrap_or_default()).trim().to_owned()
 }
 
-async fn greet(run_dir: &Path) -> Result<(Qmp, Events), berth_qmp::QmpError> {
+async fn greet(run_dir: &Path, connect_timeout: Duration) -> Result<(Qmp, Events), berth_qmp::QmpError> {
     let name = Socket::Qmp.file_name();
     let stream = sockets::connect(run_dir, name)
         .await
         .map_err(|source| berth_qmp::QmpError::Connect { path: run_dir.join(name), source })?;
-    let options = ConnectOptions { connect_timeout: GREETING_TIMEOUT, ..ConnectOptions::default() };
+    let options = ConnectOptions { connect_timeout, ..ConnectOptions::default() };
     Qmp::over_unix(stream, options).await
 }
 
@@ -336,4 +340,3 @@ async fn end_stray(pid: i32, mark: &[u8]) {
         tracing::error!(pid, "it does not end");
     }
 }
-

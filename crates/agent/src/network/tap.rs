@@ -71,8 +71,8 @@ pub fn open(request: &Request) -> Result<OwnedFd, TapError> {
     // A tap with another length than its bridge's would change that of the whole bridge.
     interface(&socket, libc::SIOCSIFMTU, &request.name, Value::Int(mtu))
         .map_err(failed("setting its frame length"))?;
-    let index = interface(&socket, libc::SIOCGIFINDEX, &request.name, Value::None)
-        .map_err(failed("finding it"))?;
+    let index =
+        interface(&socket, libc::SIOCGIFINDEX, &request.name, Value::None).map_err(failed("finding it"))?;
     // SAFETY: `SIOCGIFINDEX` has just filled this field in.
     #[allow(unsafe_code)]
     let index = unsafe { index.ifr_ifru.ifru_ifindex };

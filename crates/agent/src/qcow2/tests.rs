@@ -91,7 +91,10 @@ fn absurd_numbers_are_refused() {
 
 #[test]
 fn tables_outside_the_file_are_a_truncation() {
-    assert!(matches!(check(&good(3), 3 * CLUSTER), Err(Fault::Truncated { what: "the first-level table", .. })));
+    assert!(matches!(
+        check(&good(3), 3 * CLUSTER),
+        Err(Fault::Truncated { what: "the first-level table", .. })
+    ));
     assert!(matches!(check(&good(3), CLUSTER), Err(Fault::Truncated { .. })));
     let far = fault(|head| put64(head, 48, u64::MAX & !(CLUSTER - 1)));
     assert!(matches!(far, Fault::Truncated { .. }), "{far}");

@@ -90,7 +90,12 @@ pub enum Access {
 }
 
 /// The options of a layer's node, for the command line and for `blockdev-add`.
-pub fn layer_options(dirs: &VmDirs, layer: &LayerId, backing: &Backing, access: Access) -> Map<String, Value> {
+pub fn layer_options(
+    dirs: &VmDirs,
+    layer: &LayerId,
+    backing: &Backing,
+    access: Access,
+) -> Map<String, Value> {
     let node = layer_node(layer);
     let file = file_options(&dirs.layer(layer), &format!("f{node}"), access);
     let backing = match backing {

@@ -1,1 +1,113 @@
+//! The command line, word for word: whoever changes one sees which.
 
+use super::*;
+use berth_model::image::{PartFormat, PartRole};
+use berth_model::vm::Nic as NicSpec;
+
+use crate::layout::{PoolDirs, VmDirs};
+use crate::testing;
+
+fn dirs() -> VmDirs {
+    let definition = testing::definition(1);
+    let pool = PoolDirs { name: "local".parse().expect("name"), path: "/pool".into() };
+    VmDirs {
+        disk: pool.vm(&definition.id),
+        pool,
+        state: format!("/state/vms/{}", definition.id).into(),
+        run: format!("/run/{}", definition.id).into(),
+    }
+}
+
+fn lines(machine: &Machine<'_>) -> String {
+    let mut text = String::new();
+    for argument in machine.arguments() {
+        let word = match argument {
+            Argument::Text(text) => text,
+            Argument::WithDescriptor { before, descriptor, after } => {
+                format!("{before}<{descriptor:?}>{after}")
+            }
+        };
+        text.push_str(if word.starts_with('-') { "\n" } else { " " });
+        text.push_str(&word);
+    }
+    text.trim_start().to_owned()
+}
+
+#[test]
+fn a_cold_start_on_a_raw_image_with_two_layers() {
+    let mut definition = testing::definition(1);
+    definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
+    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])]);
+    let machine = Machine {
+        definition: &definition,
+        dirs: &dirs(),
+        plan: &plan,
+        accelerator: Accelerator::Tcg,
+        nics: &[Nic::Tap, Nic::Tap],
+        direct_io: true,
+    };
+    insta::assert_snapshot!(lines(&machine));
+    assert_eq!(machine.summary().nodes.len(), 3);
+}
+
+#[test]
+fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
+    let mut definition = testing::definition(1);
+    definition.image.parts =
+        [PartRole::Kernel, PartRole::Initrd].map(|role| testing::part(role, PartFormat::Raw)).to_vec();
+    definition.image.kernel_command_line = "console=ttyS0 quiet".into();
+    definition.spec.machine_type = "pc-i440fx-10.0".into();
+    definition.spec.nics = vec![testing::nic(Some("198.18.5.20/24"), Some("198.18.5.1"))];
+    let plan = LaunchPlan {
+        chain: vec![LayerId::from_entropy([2; 10])],
+        memory: Memory::Image("/pool/vms/a,b/memory.raw".into()),
+        incoming: true,
+    };
+    let subnet = UserSubnet {
+        network: Ipv4Addr::new(198, 18, 5, 0),
+        prefix: 24,
+        guest: Ipv4Addr::new(198, 18, 5, 20),
+        host: Ipv4Addr::new(198, 18, 5, 1),
+        name_server: Ipv4Addr::new(198, 18, 5, 2),
+    };
+    let forwards = vec![PortForward { protocol: "udp".into(), host_port: 40007, guest_port: 7007 }];
+    let machine = Machine {
+        definition: &definition,
+        dirs: &dirs(),
+        plan: &plan,
+        accelerator: Accelerator::Kvm,
+        nics: &[Nic::User { subnet: Some(subnet), forwards }],
+        direct_io: false,
+    };
+    insta::assert_snapshot!(lines(&machine));
+}
+
+#[test]
+fn what_people_wrote_can_not_become_an_option() {
+    let mut definition = testing::definition(1);
+    definition.spec.machine_type = "q35,kernel=/etc/shadow".into();
+    definition.spec.cpu_model = "max,enforce".into();
+    definition.spec.nics = vec![NicSpec { mac: "52:54:00:12:34:56,x=y".into(), ..testing::nic(None, None) }];
+    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])]);
+    let machine = Machine {
+        definition: &definition,
+        dirs: &dirs(),
+        plan: &plan,
+        accelerator: Accelerator::Tcg,
+        nics: &[Nic::Tap],
+        direct_io: false,
+    };
+    let text = lines(&machine);
+    for escaped in ["q35,,kernel=", "max,,enforce", "56,,x=y"] {
+        assert!(text.contains(escaped), "{text}");
+    }
+}
+
+#[test]
+fn the_machines_identity_is_that_of_the_vm() {
+    let one = uuid("vm-1");
+    assert_eq!(one, uuid("vm-1"));
+    assert_ne!(one, uuid("vm-2"));
+    assert_eq!(one.len(), 36);
+    assert_eq!(one.as_bytes()[14], b'8');
+}

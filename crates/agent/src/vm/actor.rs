@@ -117,6 +117,7 @@ impl Vms {
             id: vm,
             home: None,
             running: None,
+            stray: None,
             next_serial: 1,
             commanded: 0,
             status: Arc::clone(&handle.status),
@@ -227,7 +228,9 @@ impl Owner {
 /// Reads what is on record and finds the process that goes with it.
 async fn find(vm: &mut VmRuntime) -> Result<(), Problem> {
     let path = vm.services.layout.host_record(&vm.id);
-    let Some(host) = blocking(move || Ok(durable::read_json::<HostRecord>(&path)?)).await? else { return Ok(()) };
+    let Some(host) = blocking(move || Ok(durable::read_json::<HostRecord>(&path)?)).await? else {
+        return Ok(());
+    };
     let dirs = vm.services.layout.vm(&vm.id, &host.pool)?;
     let path = dirs.vm_record();
     let record = blocking(move || Ok(durable::read_json::<VmRecord>(&path)?)).await?;

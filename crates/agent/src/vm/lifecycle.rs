@@ -147,11 +147,7 @@ pub(super) async fn resume(vm: &mut VmRuntime) -> Result<TaskOutput, Problem> {
 }
 
 /// Removes what this host has of the VM, and what its pool has unless that is kept.
-pub(super) async fn delete(
-    vm: &mut VmRuntime,
-    pool: &Name,
-    keep_files: bool,
-) -> Result<TaskOutput, Problem> {
+pub(super) async fn delete(vm: &mut VmRuntime, pool: &Name, keep_files: bool) -> Result<TaskOutput, Problem> {
     vm.end_process().await?;
     if !keep_files {
         let directory = vm.services().layout.pool(pool)?.vm(vm.id());

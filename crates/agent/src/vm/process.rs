@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 
 use super::status::Status;
 use super::{LaunchPlan, VmRuntime, sensor};
-use crate::launcher::{Exit, LaunchSpec, Launched, Process};
+use crate::launcher::{Exit, LaunchError, LaunchSpec, Launched, Process};
 use crate::network::{self, Lease};
 use crate::qemu::Machine;
 
@@ -27,6 +27,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(30);
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a process may live on without its monitor before that counts as a loss of the monitor alone.
 const END_AFTER_MONITOR: Duration = Duration::from_secs(2);
+
+/// After how long a process whose monitor does not answer is tried again.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Something that a process's watcher tells the VM's owner.
 #[derive(Debug)]
@@ -91,9 +94,7 @@ pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Laun
 }
 
 pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<(), Problem> {
-    if vm.running.is_some() {
-        end_running(vm).await?;
-    }
+    end_running(vm).await?;
     let record = launched.process.record().clone();
     let written = vm.change_host_record(|host| {
         host.process = Some(record);
@@ -168,14 +169,16 @@ pub(super) async fn quit(vm: &mut VmRuntime) -> Result<(), Problem> {
 }
 
 async fn end_running(vm: &mut VmRuntime) -> Result<Option<Exit>, Problem> {
-    let Some(running) = &vm.running else { return Ok(None) };
-    let serial = running.serial;
-    running.process.kill();
-    let Ok(exit) = tokio::time::timeout(END_TIMEOUT, running.process.exited()).await else {
+    let present = vm.running.as_ref().map(|running| (running.serial, running.process.clone()));
+    let stray = || vm.stray.as_ref().map(|stray| (stray.serial, stray.process.clone()));
+    let Some((serial, process)) = present.or_else(stray) else { return Ok(None) };
+    process.kill();
+    let Ok(exit) = tokio::time::timeout(END_TIMEOUT, process.exited()).await else {
         let message = format!("the process of {} does not end", vm.id());
         return Err(Problem::new(ProblemCode::Hypervisor, message));
     };
     vm.running = None;
+    vm.stray = None;
     vm.status.process_ended(serial);
     Ok(Some(exit))
 }
@@ -183,6 +186,7 @@ async fn end_running(vm: &mut VmRuntime) -> Result<Option<Exit>, Problem> {
 /// Takes note of what a watcher has seen.
 pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
     let present = vm.running.as_ref().map(|running| running.serial);
+    let present = present.or_else(|| vm.stray.as_ref().map(|stray| stray.serial));
     match notice {
         Notice::Ended { serial, exit, reason } if present == Some(serial) => {
             vm.running = None;
@@ -198,6 +202,7 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
             vm.status.process_ended(serial);
         }
         Notice::MonitorLost { serial } if present == Some(serial) => {
+            vm.running = None;
             if let Err(problem) = find_again(vm).await {
                 tracing::error!(vm = %vm.id(), %problem, "the monitor is lost");
             }
@@ -207,13 +212,26 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
 }
 
 /// Connects anew to a process that is on record; if it has ended, that is written down.
+///
+/// # Errors
+/// When it lives and its monitor does not answer: it is then held as a stray, never taken for ended, and looked for
+/// again by itself.
 pub(super) async fn find_again(vm: &mut VmRuntime) -> Result<(), Problem> {
+    if vm.running.is_some() {
+        return Ok(());
+    }
     let Some(record) = vm.host_record()?.process.clone() else { return Ok(()) };
     let services = Arc::clone(vm.services());
     let run_dir = services.run_dir(vm.id());
-    match services.launcher.adopt(&record, &run_dir).await? {
-        Some(launched) => adopt(vm, launched).await,
-        None => {
+    match services.launcher.adopt(&record, &run_dir).await {
+        Ok(Some(launched)) => {
+            vm.stray = None;
+            adopt(vm, launched).await
+        }
+        Ok(None) => {
+            if let Some(stray) = vm.stray.take() {
+                vm.status.process_ended(stray.serial);
+            }
             let trouble = "QEMU ended while the agent was away".to_owned();
             vm.change_host_record(|record| {
                 record.process = None;
@@ -221,7 +239,37 @@ pub(super) async fn find_again(vm: &mut VmRuntime) -> Result<(), Problem> {
             })
             .await
         }
+        Err(LaunchError::Monitor { source, process: Some(process) }) => {
+            hold_stray(vm, process);
+            Err(hypervisor_problem(source))
+        }
+        Err(error) => Err(error.into()),
     }
+}
+
+/// A process of the VM that can't be spoken to. It is looked for again after a while.
+pub(super) struct Stray {
+    serial: u64,
+    process: Process,
+}
+
+fn hold_stray(vm: &mut VmRuntime, process: Process) {
+    let serial = match &vm.stray {
+        Some(stray) => stray.serial,
+        None => {
+            let serial = vm.next_serial;
+            vm.next_serial += 1;
+            vm.status.process_begins(serial);
+            serial
+        }
+    };
+    vm.stray = Some(Stray { serial, process });
+    let notices = vm.notices.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        // The owner may be gone: then the agent is ending.
+        let _ = notices.send(Notice::MonitorLost { serial });
+    });
 }
 
 /// What is wrong when a process has ended: nothing, if it said why.

@@ -177,8 +177,7 @@ impl Status {
         change(&mut inner);
         let report = inner.known.then(|| inner.report.clone());
         self.board.set(&inner.report.vm, report);
-        let view =
-            GuestView { state: inner.report.state, guest: inner.report.guest, signal: inner.signal };
+        let view = GuestView { state: inner.report.state, guest: inner.report.guest, signal: inner.signal };
         self.view.send_if_modified(|old| std::mem::replace(old, view) != view);
     }
 

@@ -57,7 +57,9 @@ async fn ask(launcher: &ProcessLauncher, accelerator: Accelerator) -> Result<Qem
             match child.wait_with_output().await {
                 Ok(output) if !output.stderr.is_empty() => {
                     let last_words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-                    Err(LaunchError::Died { exit: Exit { code: output.status.code(), signal: None, last_words } })
+                    Err(LaunchError::Died {
+                        exit: Exit { code: output.status.code(), signal: None, last_words },
+                    })
                 }
                 _ => Err(LaunchError::Monitor { source, process: None }),
             }
@@ -127,7 +129,8 @@ mod tests {
 
     #[test]
     fn machine_types_are_newest_first_and_only_those_with_a_version() {
-        let all = ["microvm", "none", "pc", "pc-i440fx-7.2", "pc-q35-10.0", "pc-q35-7.2", "pc-q35-8.1", "q35"];
+        let all =
+            ["microvm", "none", "pc", "pc-i440fx-7.2", "pc-q35-10.0", "pc-q35-7.2", "pc-q35-8.1", "q35"];
         assert_eq!(versioned(all.into_iter()), ["pc-q35-10.0", "pc-q35-8.1", "pc-q35-7.2", "pc-i440fx-7.2"]);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A `/dev/kvm` that opens is no proof. In nested and confined machines it may be there, make a VM, and then never execute
 //! an instruction of it, or hang. So a guest of five bytes is run, in a child process that can be killed, with a time
-//! limit.
+//! limit. Nor is that alone a proof: KVM's own emulator can do these five bytes where the CPU can do none, so the CPU
+//! must say that it virtualises, too.
 
 use std::io;
 use std::path::Path;
@@ -238,8 +239,9 @@ mod tests {
         let began = std::time::Instant::now();
         let outcome = run_in_child();
         assert!(began.elapsed() < std::time::Duration::from_secs(4), "{outcome:?}");
+        // There are machines whose KVM runs these five bytes by emulation and no ordinary guest: the CPU's word counts too.
         if !cpu_virtualises() {
-            assert!(outcome.is_err(), "a CPU that can't virtualise ran a guest");
+            assert!(probe().is_err());
         }
     }
 }

@@ -1,0 +1,52 @@
+//! What a monitoring system reads, in Prometheus' text format: taken when asked for, kept nowhere.
+
+use std::sync::atomic::AtomicU64;
+
+use berth_model::vm::VmState;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::agent::Agent;
+use crate::inventory::resident_bytes;
+use crate::pool;
+
+/// The text's type.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+type Labels = Vec<(&'static str, String)>;
+type Gauges = Family<Labels, Gauge<u64, AtomicU64>>;
+
+/// The metrics now.
+pub fn text(agent: &Agent) -> String {
+    let mut registry = Registry::with_prefix("berth_agent");
+    let vms = Gauges::default();
+    registry.register("vms", "VMs of this host by state", vms.clone());
+    let report = agent.services().board.now();
+    for state in VmState::ALL {
+        let count = report.vms.iter().filter(|vm| vm.state == state).count() as u64;
+        vms.get_or_create(&vec![("state", state.to_string())]).set(count);
+    }
+    let (size, free) = (Gauges::default(), Gauges::default());
+    registry.register_with_unit("pool_size", "Size of a pool's file system", Unit::Bytes, size.clone());
+    registry.register_with_unit("pool_free", "What is free of it", Unit::Bytes, free.clone());
+    for facts in &agent.services().pools {
+        if let Ok(pool) = pool::report(facts) {
+            let labels = vec![("pool", pool.name.to_string())];
+            size.get_or_create(&labels).set(pool.size_bytes);
+            free.get_or_create(&labels).set(pool.free_bytes);
+        }
+    }
+    let tasks = Gauge::<u64, AtomicU64>::default();
+    tasks.set(agent.tasks().running() as u64);
+    registry.register("tasks_running", "Tasks that are under way or wait for their turn", tasks);
+    let resident = Gauge::<u64, AtomicU64>::default();
+    resident.set(resident_bytes());
+    registry.register_with_unit("resident_memory", "The agent's own resident memory", Unit::Bytes, resident);
+    let mut text = String::new();
+    match encode(&mut text, &registry) {
+        Ok(()) => text,
+        Err(error) => format!("# {error}\n"),
+    }
+}
