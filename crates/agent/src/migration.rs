@@ -1,0 +1,190 @@
+//! Moving a VM to another host while its guest runs.
+//!
+//! The source's agent does the work: it connects to the target's, and both carry QEMU's own migration stream between
+//! their QEMUs ([`wire`] has the protocol). [`source`] and [`target`] are one function each that reads as the list of
+//! phases; what this file has are the tasks around them, and what an agent does that finds a migration half done
+//! ([`recover`]).
+//!
+//! **Who may run the guest** can be told at every instant from what is on disk. The source may, until it has written the
+//! marker `handed_over`. From then on only the target may, once it is told; and the source again only when the manager,
+//! having made sure that the target has no process, says so. The rest follows from it: an agent that finds its VM without
+//! the marker lets it run, whatever QEMU was doing; one that finds the marker does nothing; a target that is not told
+//! does nothing either.
+
+use berth_api::agent::{MigrationSide, TaskOutput, VmDefinition};
+use berth_model::{HostId, OperationId, Problem, ProblemCode};
+use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus};
+
+use crate::durable::{self, blocking};
+use crate::image;
+use crate::snapshot::layers::refused;
+use crate::task::TaskContext;
+use crate::vm::VmRuntime;
+
+pub mod convergence;
+pub mod incoming;
+pub mod link;
+pub mod outgoing;
+mod recovery;
+mod source;
+pub mod storage;
+mod target;
+pub mod wire;
+
+pub(crate) use recovery::recover;
+pub(crate) use source::move_away;
+pub(crate) use target::receive;
+
+pub use wire::UPGRADE;
+
+use target::Admission;
+
+/// As target: expects the VM from a host. What can be found wrong before anything is sent is found here.
+///
+/// # Errors
+/// When the VM is here already, or its image or pool is not; nothing is then left.
+pub(crate) async fn admit(
+    vm: &mut VmRuntime,
+    task: &TaskContext,
+    migration: &OperationId,
+    definition: &VmDefinition,
+    source: &HostId,
+    shared_pool: bool,
+) -> Result<TaskOutput, Problem> {
+    task.phase("preparing");
+    let was_known = vm.is_known();
+    let admission = Admission {
+        migration: migration.clone(),
+        source: source.clone(),
+        shared_pool,
+        definition: definition.clone(),
+    };
+    match expect(vm, &admission).await {
+        Ok(()) => Ok(TaskOutput::Done),
+        Err(problem) => {
+            if !was_known {
+                vm.drop_home().await?;
+            }
+            Err(problem)
+        }
+    }
+}
+
+async fn expect(vm: &mut VmRuntime, admission: &Admission) -> Result<(), Problem> {
+    let definition = &admission.definition;
+    vm.make_home(&definition.spec.pool).await?;
+    let ours = match &vm.host_record()?.migration {
+        None => false,
+        Some(MigrationSide::Target { migration, .. }) if *migration == admission.migration => true,
+        Some(side) => {
+            let message = format!("{} is in another migration on this host: {side:?}", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
+        }
+    };
+    if vm.process().is_some() && !ours {
+        return Err(vm.wrong_state("a VM that is not on this host"));
+    }
+    match (admission.shared_pool, vm.vm_record().is_ok()) {
+        (true, false) => return Err(Problem::not_found("vm", format!("{} in the shared pool", vm.id()))),
+        (false, true) if !ours => {
+            let message = format!("this host has files of {} already", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
+        }
+        _ => {}
+    }
+    image::check_present(&vm.dirs()?.pool, &definition.image).await?;
+    if ours {
+        return Ok(());
+    }
+    admission.write(vm)?;
+    let side = MigrationSide::Target { migration: admission.migration.clone(), loaded: false };
+    vm.set_migration(Some(side)).await
+}
+
+/// As target: forgets the migration and removes what came of it; nothing if there is nothing.
+///
+/// # Errors
+/// When the guest runs here, or something can't be removed.
+pub(crate) async fn refuse(
+    vm: &mut VmRuntime,
+    migration: &OperationId,
+    shared_pool: bool,
+) -> Result<TaskOutput, Problem> {
+    if !vm.is_known() {
+        return Ok(TaskOutput::Done);
+    }
+    match &vm.host_record()?.migration {
+        Some(MigrationSide::Target { migration: of, .. }) if of == migration => {}
+        // It was taken over, or was never admitted: then it is not ours to remove.
+        None if vm.process().is_some() => return Err(vm.wrong_state("a VM that does not run here")),
+        None | Some(_) => return Ok(TaskOutput::Done),
+    }
+    if let Ok(qmp) = vm.qmp()
+        && qmp.call(QueryStatus {}).await.is_ok_and(|status| status.running)
+    {
+        return Err(vm.wrong_state("a guest that does not run here"));
+    }
+    remove_arrival(vm, shared_pool).await?;
+    vm.drop_home().await?;
+    Ok(TaskOutput::Done)
+}
+
+/// Ends the process that waited and removes the files that came, unless they are the source's too.
+async fn remove_arrival(vm: &mut VmRuntime, shared_pool: bool) -> Result<(), Problem> {
+    vm.end_process().await?;
+    if !shared_pool {
+        let directory = vm.dirs()?.disk.clone();
+        blocking(move || Ok(durable::remove_tree(&directory)?)).await?;
+        vm.drop_vm_record()?;
+    }
+    if let Some(MigrationSide::Target { migration, loaded: true }) = vm.host_record()?.migration.clone() {
+        vm.set_migration(Some(MigrationSide::Target { migration, loaded: false })).await?;
+    }
+    Ok(())
+}
+
+/// As target: the source is known to have given the VM away; lets it run. Nothing if it runs.
+///
+/// # Errors
+/// When it was not loaded here, or does not run.
+pub(crate) async fn take_over(vm: &mut VmRuntime, migration: &OperationId) -> Result<TaskOutput, Problem> {
+    match &vm.host_record()?.migration {
+        Some(MigrationSide::Target { migration: of, .. }) if of == migration => {}
+        None if vm.process().is_some() && vm.status().runs() => return Ok(TaskOutput::Done),
+        None | Some(_) => {
+            let message = format!("{} is not expected on this host in migration {migration}", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
+        }
+    }
+    let qmp = vm.qmp()?.clone();
+    let status = qmp.call(QueryMigrate {}).await.map_err(refused)?.status;
+    if status != MigrationStatus::Completed {
+        let message = format!("{} has not been loaded on this host (its migration is {status:?})", vm.id());
+        return Err(Problem::new(ProblemCode::WrongState, message));
+    }
+    incoming::run_loaded(&qmp).await?;
+    target::settle_in(vm).await?;
+    Ok(TaskOutput::Done)
+}
+
+/// As source: the target is known to have no process; takes the VM back and lets it run. Nothing if it was never given
+/// away.
+///
+/// # Errors
+/// When the record can't be written, or the guest does not run.
+pub(crate) async fn take_back(vm: &mut VmRuntime, migration: &OperationId) -> Result<TaskOutput, Problem> {
+    match &vm.host_record()?.migration {
+        Some(MigrationSide::Source { migration: of, .. }) if of == migration => {}
+        None => return Ok(TaskOutput::Done),
+        Some(side) => {
+            let message = format!("{} is in another migration on this host: {side:?}", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
+        }
+    }
+    // The marker first: what is on the disk must never say less than what runs.
+    vm.set_migration(None).await?;
+    if let Ok(qmp) = vm.qmp().cloned() {
+        outgoing::settle(&qmp, true).await?;
+    }
+    Ok(TaskOutput::Done)
+}

@@ -1,0 +1,145 @@
+//! When to allow the guest a longer pause.
+//!
+//! QEMU stops the guest when what is left can be sent within the downtime limit, and then uses all of it. So the limit
+//! starts small and is raised only when passes over memory no longer shrink what is left: each pass leaves what the
+//! guest rewrote during it, so after a few passes the rest is as small as it will get. The rule is a function of
+//! passes and time, without I/O, and serves snapshots and migrations with different numbers.
+
+use std::time::Duration;
+
+/// How long a pause may get, and how patiently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PauseBudget {
+    /// The limit to begin with, in milliseconds.
+    pub start_ms: u64,
+    /// By how much it is raised, in milliseconds.
+    pub step_ms: u64,
+    /// The highest it may become, in milliseconds.
+    pub max_ms: u64,
+    /// Passes that are waited for before each step. Fewer: pauses grow that a little patience would have spared;
+    /// more: the guest's memory is sent over and over.
+    pub patience_passes: u64,
+    /// Time that is waited for before each step: a pass over a large memory on a slow link takes long.
+    pub patience: Duration,
+    /// How long to try at the highest limit, before it is given up.
+    pub last_patience: Duration,
+}
+
+impl PauseBudget {
+    /// For a snapshot: its bar is 40 ms, and the agent on the same host takes memory about as fast as QEMU gives it.
+    pub const SNAPSHOT: Self = Self {
+        start_ms: 12,
+        step_ms: 8,
+        max_ms: 28,
+        patience_passes: 6,
+        patience: Duration::from_millis(1500),
+        last_patience: Duration::from_secs(20),
+    };
+
+    /// For a migration: its bar is 60 ms, of which loading and starting on the target take some.
+    pub const MIGRATION: Self = Self {
+        start_ms: 12,
+        step_ms: 6,
+        max_ms: 42,
+        patience_passes: 5,
+        patience: Duration::from_secs(3),
+        last_patience: Duration::from_secs(120),
+    };
+}
+
+/// What to do after a look at the migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// Wait on.
+    Wait,
+    /// Set the downtime limit to this, in milliseconds.
+    Raise(u64),
+    /// The guest rewrites its memory faster than it can be sent.
+    GiveUp,
+}
+
+/// Watches one migration.
+#[derive(Debug, Clone)]
+pub struct Convergence {
+    budget: PauseBudget,
+    limit_ms: u64,
+    raised_pass: u64,
+    raised_at: Duration,
+}
+
+impl Convergence {
+    /// At the start of a migration.
+    pub const fn new(budget: PauseBudget) -> Self {
+        Self { budget, limit_ms: budget.start_ms, raised_pass: 1, raised_at: Duration::ZERO }
+    }
+
+    /// The limit as it stands, in milliseconds.
+    pub const fn limit_ms(&self) -> u64 {
+        self.limit_ms
+    }
+
+    /// What to do when `pass` is being made and `elapsed` has gone by since the start.
+    pub fn look(&mut self, pass: u64, elapsed: Duration) -> Advice {
+        // The first pass is all of memory: how long it takes says nothing about the guest.
+        if pass <= 1 {
+            self.raised_at = elapsed;
+            return Advice::Wait;
+        }
+        let waited = elapsed.saturating_sub(self.raised_at);
+        if self.limit_ms >= self.budget.max_ms {
+            return if waited >= self.budget.last_patience { Advice::GiveUp } else { Advice::Wait };
+        }
+        let passes = pass.saturating_sub(self.raised_pass);
+        if passes < self.budget.patience_passes || waited < self.budget.patience {
+            return Advice::Wait;
+        }
+        self.limit_ms = (self.limit_ms + self.budget.step_ms).min(self.budget.max_ms);
+        self.raised_pass = pass;
+        self.raised_at = elapsed;
+        Advice::Raise(self.limit_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: PauseBudget = PauseBudget {
+        start_ms: 10,
+        step_ms: 15,
+        max_ms: 30,
+        patience_passes: 3,
+        patience: Duration::from_secs(1),
+        last_patience: Duration::from_secs(5),
+    };
+
+    #[test]
+    fn the_limit_rises_in_steps_to_the_budget_and_never_beyond() {
+        let mut convergence = Convergence::new(BUDGET);
+        let mut limits = Vec::new();
+        for second in 0..60 {
+            match convergence.look(1 + second * 3, Duration::from_secs(second)) {
+                Advice::Raise(limit) => limits.push(limit),
+                Advice::Wait => {}
+                Advice::GiveUp => break,
+            }
+        }
+        assert_eq!(limits, [25, 30]);
+        assert_eq!(convergence.limit_ms(), 30);
+    }
+
+    #[test]
+    fn a_long_first_pass_costs_no_patience() {
+        let mut convergence = Convergence::new(BUDGET);
+        assert_eq!(convergence.look(1, Duration::from_secs(3600)), Advice::Wait);
+        assert_eq!(convergence.look(2, Duration::from_secs(3601)), Advice::Wait);
+        assert_eq!(convergence.look(9, Duration::from_secs(3602)), Advice::Raise(25));
+    }
+
+    #[test]
+    fn neither_many_quick_passes_nor_one_slow_pass_raise_it_alone() {
+        let mut convergence = Convergence::new(BUDGET);
+        assert_eq!(convergence.look(50, Duration::from_millis(500)), Advice::Wait);
+        assert_eq!(convergence.look(2, Duration::from_secs(50)), Advice::Wait);
+    }
+}

@@ -1,0 +1,385 @@
+//! QEMU's sending side, for snapshots and migrations alike: both take the guest's memory while it runs, stop it for the
+//! last of it, and differ in who reads the stream.
+//!
+//! The stream leaves QEMU through one end of a socket pair that it is given as a descriptor, so nothing has to listen
+//! anywhere, QEMU's sandbox need not allow it to connect, and whoever holds the other end is the only reader. When the
+//! agent dies, its end closes, and QEMU's migration fails by itself.
+//!
+//! **Where the guest runs.** Until [`Outgoing::finish`] returns, here: a migration that fails or is cancelled before
+//! lets the guest go on, by QEMU itself or by [`settle`]. After it the guest is stopped, its disks are let go, and
+//! `cont` takes both back.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use berth_model::{Problem, ProblemCode};
+use berth_qmp::commands::{
+    Cont, GetFd, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationInfo, MigrationStatus, QueryMigrate, QueryMigrateCapabilities, QueryStatus,
+};
+use berth_qmp::{EventKind, Events, HostTime, Qmp, QmpError};
+use tokio_util::sync::CancellationToken;
+
+use super::convergence::{Advice, Convergence, PauseBudget};
+use crate::durable::with_causes;
+
+/// The name that a stream's descriptor has in QEMU.
+const STREAM_FD: &str = "berth-stream";
+/// What QEMU may have written that nobody has read, in bytes. More: it is all sent within the pause, and QEMU believes
+/// that it was sent before. Less: more switches between the two processes.
+const STREAM_BUFFER_BYTES: usize = 256 << 10;
+/// A guest is slowed down when it rewrites this much of what is sent in the same time. Lower: guests are slowed down that
+/// would have been caught up with.
+const THROTTLE_THRESHOLD_PERCENT: u32 = 95;
+/// How often QEMU is asked how it goes.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long a guest may take to run again after a failure.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why sending did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum OutgoingError {
+    /// QEMU refused a command or is gone.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// QEMU gave up.
+    #[error("QEMU gave up sending the machine: {reason}")]
+    Failed {
+        /// In its words, as far as it had any.
+        reason: String,
+    },
+    /// It was asked to stop.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// The guest is too busy.
+    #[error("the guest rewrites its memory faster than it can be sent: after {passes} passes over it the rest does not fit into a pause of {limit_ms} ms")]
+    TooFast {
+        /// Passes that were made.
+        passes: u64,
+        /// The longest pause that was allowed.
+        limit_ms: u64,
+    },
+    /// The last part hangs.
+    #[error("QEMU did not come to an end with it in time")]
+    Stuck,
+    /// A socket pair could not be made.
+    #[error("no socket for the stream")]
+    Socket(#[source] std::io::Error),
+}
+
+impl From<OutgoingError> for Problem {
+    fn from(error: OutgoingError) -> Self {
+        let code = match &error {
+            OutgoingError::Cancelled => ProblemCode::Cancelled,
+            OutgoingError::TooFast { .. } => ProblemCode::Guest,
+            OutgoingError::Qmp(_) | OutgoingError::Failed { .. } | OutgoingError::Stuck => {
+                ProblemCode::Hypervisor
+            }
+            OutgoingError::Socket(_) => ProblemCode::Internal,
+        };
+        Problem::new(code, with_causes(&error))
+    }
+}
+
+/// How to send.
+#[derive(Debug, Clone, Copy)]
+pub struct Sending {
+    /// How long the pause may be.
+    pub budget: PauseBudget,
+    /// Most bytes a second while the guest runs; none: as fast as it is read.
+    pub bandwidth_bytes_per_second: Option<u64>,
+    /// The reader answers: QEMU is done only when the reader says that it has everything.
+    pub return_path: bool,
+    /// Slow the guest down when it will not converge otherwise.
+    pub slow_guest_down: bool,
+    /// How long QEMU may take for the last part, guest stopped. It is megabytes: longer means that the other end hangs,
+    /// and the guest stands still for as long.
+    pub finish_timeout: Duration,
+}
+
+/// How it goes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Passage {
+    /// The pass over memory, from 1.
+    pub pass: u64,
+    /// Sent so far.
+    pub sent_bytes: u64,
+    /// Left, as known.
+    pub left_bytes: u64,
+    /// The guest's memory.
+    pub total_bytes: u64,
+    /// What the guest rewrites in a second.
+    pub dirty_bytes_per_second: u64,
+    /// What is sent in a second.
+    pub bytes_per_second: u64,
+}
+
+/// A migration that QEMU is sending.
+pub struct Outgoing {
+    qmp: Qmp,
+    events: Events,
+    convergence: Convergence,
+    finish_timeout: Duration,
+    started: Instant,
+    pass: u64,
+    stopped_at: Option<HostTime>,
+}
+
+impl Outgoing {
+    /// Starts to send. The guest runs on; read from the socket.
+    ///
+    /// # Errors
+    /// When QEMU refuses: the guest then runs as before.
+    pub async fn start(qmp: &Qmp, sending: Sending) -> Result<(Self, UnixStream), OutgoingError> {
+        let mut wanted = vec!["events", "pause-before-switchover"];
+        wanted.extend(sending.return_path.then_some("return-path"));
+        wanted.extend(sending.slow_guest_down.then_some("auto-converge"));
+        set_capabilities(qmp, &wanted).await?;
+        qmp.call(MigrateSetParameters {
+            bandwidth_bytes_per_second_max: Some(sending.bandwidth_bytes_per_second.unwrap_or(0)),
+            downtime_limit_ms: Some(sending.budget.start_ms),
+            ..MigrateSetParameters::default()
+        })
+        .await?;
+        if sending.slow_guest_down {
+            let threshold = serde_json::json!({"throttle-trigger-threshold": THROTTLE_THRESHOLD_PERCENT});
+            qmp.call_untyped("migrate-set-parameters", threshold).await?;
+        }
+        let events = qmp.events();
+        let (ours, theirs) = stream_pair().map_err(OutgoingError::Socket)?;
+        qmp.call_with_fds(GetFd { name: STREAM_FD.into() }, vec![theirs]).await?;
+        qmp.call(Migrate::to(format!("fd:{STREAM_FD}"))).await?;
+        let outgoing = Self {
+            qmp: qmp.clone(),
+            events,
+            convergence: Convergence::new(sending.budget),
+            finish_timeout: sending.finish_timeout,
+            started: Instant::now(),
+            pass: 0,
+            stopped_at: None,
+        };
+        Ok((outgoing, ours))
+    }
+
+    /// Waits until QEMU has stopped the guest and waits for [`Self::finish`]: its disks are flushed and still.
+    ///
+    /// # Errors
+    /// When it comes to nothing: the caller must then [`Self::abandon`] it.
+    pub async fn until_switchover(
+        &mut self,
+        cancel: &CancellationToken,
+        mut report: impl FnMut(Passage),
+    ) -> Result<(), OutgoingError> {
+        let mut looks = tokio::time::interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                event = self.events.recv() => match event.map(|event| (event.kind, event.at)) {
+                    Some((EventKind::Migration(MigrationStatus::PreSwitchover), _)) => return Ok(()),
+                    Some((EventKind::Migration(status), _)) => self.check(&status).await?,
+                    Some((EventKind::MigrationPass(pass), _)) => self.pass = pass,
+                    Some((EventKind::Stop, at)) => self.stopped_at = Some(at),
+                    Some(_) => {}
+                    None => return Err(self.gone().await),
+                },
+                _ = looks.tick() => report(self.look().await?),
+                () = cancel.cancelled() => return Err(OutgoingError::Cancelled),
+            }
+        }
+    }
+
+    /// Lets QEMU send the last part, and waits until it is sent (and, with a return path, loaded). The guest is then
+    /// stopped and its disks let go.
+    ///
+    /// # Errors
+    /// When it comes to nothing: the caller must then [`Self::abandon`] it.
+    pub async fn finish(&mut self) -> Result<(), OutgoingError> {
+        self.qmp.call(MigrateContinue { state: MigrationStatus::PreSwitchover }).await?;
+        let finish_timeout = self.finish_timeout;
+        let finished = async {
+            loop {
+                match self.events.recv().await.map(|event| event.kind) {
+                    Some(EventKind::Migration(MigrationStatus::Completed)) => return Ok(()),
+                    Some(EventKind::Migration(status)) => self.check(&status).await?,
+                    Some(EventKind::MigrationPass(pass)) => self.pass = pass,
+                    Some(_) => {}
+                    None => return Err(self.gone().await),
+                }
+            }
+        };
+        tokio::time::timeout(finish_timeout, finished).await.unwrap_or(Err(OutgoingError::Stuck))
+    }
+
+    /// As [`Self::finish`], for a reader that hangs up at the end instead of answering: QEMU then calls it a failure and
+    /// keeps its disks. Whether all was read only the reader knows.
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub async fn finish_unanswered(&mut self) -> Result<(), OutgoingError> {
+        self.qmp.call(MigrateContinue { state: MigrationStatus::PreSwitchover }).await?;
+        let over = |kind: &EventKind| {
+            matches!(kind, EventKind::Migration(MigrationStatus::Failed | MigrationStatus::Completed))
+        };
+        match tokio::time::timeout(self.finish_timeout, self.events.wait_for(over)).await {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(self.gone().await),
+            Err(_) => Err(OutgoingError::Stuck),
+        }
+    }
+
+    /// Lets the guest run here again after [`Self::finish`], and says how long it stood still, in microseconds.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub async fn take_back(&mut self) -> Result<u64, OutgoingError> {
+        self.qmp.call(Cont {}).await?;
+        let resumed = self.events.wait_for(|kind| *kind == EventKind::Resume);
+        let resumed = tokio::time::timeout(SETTLE_TIMEOUT, resumed).await.ok().flatten();
+        let resumed = resumed.ok_or(OutgoingError::Failed { reason: "the guest did not go on".into() })?;
+        Ok(self.stopped_at.and_then(|stopped| resumed.at.us_since(stopped)).unwrap_or(0))
+    }
+
+    /// Breaks it off, and makes sure that the guest is as it was: running if `was_running`.
+    ///
+    /// # Errors
+    /// When QEMU is gone or refuses to let the guest run.
+    pub async fn abandon(&mut self, was_running: bool) -> Result<(), OutgoingError> {
+        settle(&self.qmp, was_running).await
+    }
+
+    /// When QEMU stopped the guest, by its own clock.
+    pub const fn stopped_at(&self) -> Option<HostTime> {
+        self.stopped_at
+    }
+
+    /// Passes over memory so far.
+    pub const fn passes(&self) -> u64 {
+        self.pass
+    }
+
+    async fn look(&mut self) -> Result<Passage, OutgoingError> {
+        let info = self.qmp.call(QueryMigrate {}).await?;
+        match self.convergence.look(self.pass, self.started.elapsed()) {
+            Advice::Wait => {}
+            Advice::Raise(limit_ms) => {
+                tracing::debug!(limit_ms, pass = self.pass, "the guest is busy: allowing a longer pause");
+                let parameters = MigrateSetParameters {
+                    downtime_limit_ms: Some(limit_ms),
+                    ..MigrateSetParameters::default()
+                };
+                self.qmp.call(parameters).await?;
+            }
+            Advice::GiveUp => {
+                let limit_ms = self.convergence.limit_ms();
+                return Err(OutgoingError::TooFast { passes: self.pass, limit_ms });
+            }
+        }
+        Ok(passage(&info, self.pass))
+    }
+
+    async fn check(&self, status: &MigrationStatus) -> Result<(), OutgoingError> {
+        match status {
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                let info = self.qmp.call(QueryMigrate {}).await?;
+                let reason = info.error_desc.unwrap_or_else(|| "the other end stopped reading".into());
+                Err(OutgoingError::Failed { reason })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn gone(&self) -> OutgoingError {
+        OutgoingError::Qmp(QmpError::from(self.qmp.closed().await))
+    }
+}
+
+/// Two ends of a socket with a small buffer: ours, and the one that QEMU gets.
+///
+/// # Errors
+/// When the system refuses.
+pub fn stream_pair() -> std::io::Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    for end in [&ours, &theirs] {
+        rustix::net::sockopt::set_socket_send_buffer_size(end, STREAM_BUFFER_BYTES)?;
+    }
+    Ok((ours, theirs.into()))
+}
+
+/// Switches on these migration capabilities and every other one off, for they outlive a migration.
+///
+/// # Errors
+/// When QEMU refuses, or has not one of them.
+pub async fn set_capabilities(qmp: &Qmp, wanted: &[&str]) -> Result<(), QmpError> {
+    let present = qmp.call(QueryMigrateCapabilities {}).await?;
+    let unknown = wanted.iter().filter(|name| !present.iter().any(|one| one.name == **name));
+    let changes: Vec<(&str, bool)> = present
+        .iter()
+        .map(|one| (one.name.as_str(), one.on, wanted.contains(&one.name.as_str())))
+        .filter(|(_, is, should)| is != should)
+        .map(|(name, _, should)| (name, should))
+        .chain(unknown.map(|name| (*name, true)))
+        .collect();
+    if !changes.is_empty() {
+        qmp.call(MigrateSetCapabilities::new(changes)).await?;
+    }
+    Ok(())
+}
+
+/// Brings a QEMU whose migration is not wanted (any more) to rest: cancelled if it is under way, and the guest running
+/// if it shall. May be called in any state, twice as well.
+///
+/// # Errors
+/// When QEMU is gone, or refuses to let the guest run.
+pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
+    let mut events = qmp.events();
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    loop {
+        let status = qmp.call(QueryMigrate {}).await?.status;
+        match status {
+            MigrationStatus::Setup
+            | MigrationStatus::Active
+            | MigrationStatus::PreSwitchover
+            | MigrationStatus::Device
+            | MigrationStatus::WaitUnplug => {
+                qmp.call(MigrateCancel {}).await?;
+            }
+            MigrationStatus::Cancelling => {}
+            _ => break,
+        }
+        // `cancelled`, `failed` or `completed`: each says so by an event. The look every so often is for a QEMU whose
+        // event came before we listened.
+        let over = events.wait_for(|kind| matches!(kind, EventKind::Migration(_)));
+        let _ = tokio::time::timeout(Duration::from_millis(100), over).await;
+        if Instant::now() > deadline {
+            return Err(OutgoingError::Stuck);
+        }
+    }
+    if !shall_run {
+        return Ok(());
+    }
+    loop {
+        if qmp.call(QueryStatus {}).await?.running {
+            return Ok(());
+        }
+        // QEMU lets the guest run by itself after a failure, a moment after it says so; asking for it as well is no harm.
+        match qmp.call(Cont {}).await {
+            Ok(_) => {}
+            Err(error) if Instant::now() > deadline || error.is_connection_lost() => return Err(error.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+fn passage(info: &MigrationInfo, pass: u64) -> Passage {
+    let ram = info.ram.unwrap_or_default();
+    let page_bytes = if ram.page_size_bytes == 0 { 4096 } else { ram.page_size_bytes };
+    Passage {
+        pass,
+        sent_bytes: ram.transferred_bytes,
+        left_bytes: ram.remaining_bytes,
+        total_bytes: ram.total_bytes,
+        dirty_bytes_per_second: ram.dirty_pages_per_second.saturating_mul(page_bytes),
+        bytes_per_second: (ram.mbps.max(0.0) * 125_000.0) as u64,
+    }
+}

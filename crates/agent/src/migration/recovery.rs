@@ -1,0 +1,53 @@
+//! What an agent does that finds a migration half done: it has just started, and the one before it died.
+//!
+//! The relay died with it, so QEMU's own migration has failed or will. What remains is to bring each side to rest:
+//!
+//! | side | what is found | what is done |
+//! |---|---|---|
+//! | source, not given away | sending, stopped for the last part, failed, or all sent | cancelled, and the guest runs |
+//! | source, given away | the guest stopped, or no process | nothing: the manager asks the target |
+//! | target | the guest runs | the migration is over: it was told to |
+//! | target | all loaded | nothing: the manager decides |
+//! | target | waiting for the stream, or gone | ended, and what came is removed |
+
+use berth_api::agent::MigrationSide;
+use berth_model::Problem;
+use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus};
+
+use super::outgoing::settle;
+use super::target::{Admission, settle_in};
+use crate::snapshot::layers::refused;
+use crate::vm::VmRuntime;
+
+/// Brings this host's side to rest.
+///
+/// # Errors
+/// When QEMU refuses or a record can't be written.
+pub(crate) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
+    match vm.host_record()?.migration.clone() {
+        None | Some(MigrationSide::Source { handed_over: true, .. }) => Ok(()),
+        Some(MigrationSide::Source { handed_over: false, .. }) => {
+            if let Ok(qmp) = vm.qmp().cloned() {
+                settle(&qmp, true).await?;
+            }
+            vm.set_migration(None).await
+        }
+        Some(MigrationSide::Target { migration, .. }) => {
+            let Ok(qmp) = vm.qmp().cloned() else { return remove(vm).await };
+            if qmp.call(QueryStatus {}).await.map_err(refused)?.running {
+                return settle_in(vm).await;
+            }
+            let status = qmp.call(QueryMigrate {}).await.map_err(refused)?.status;
+            if status == MigrationStatus::Completed {
+                return vm.set_migration(Some(MigrationSide::Target { migration, loaded: true })).await;
+            }
+            remove(vm).await
+        }
+    }
+}
+
+async fn remove(vm: &mut VmRuntime) -> Result<(), Problem> {
+    // Without it nothing was admitted, and so nothing came.
+    let Some(admission) = Admission::read(vm)? else { return Ok(()) };
+    super::remove_arrival(vm, admission.shared_pool).await
+}

@@ -1,0 +1,567 @@
+//! The source's side of a migration: [`run`] is the list of phases.
+//!
+//! **Where the guest runs.** Whatever fails before [`hand_over`] has written its marker, here, as before. After it, not
+//! here: if the target's word that the guest runs there does not come, the process is kept as it is, stopped, until
+//! the manager has found out.
+
+use std::time::{Duration, Instant};
+
+use berth_api::agent::{MigrationPath, MigrationSide, TaskOutput, TaskSpec};
+use berth_model::migration::{MigrationEvent, MigrationPhase, MigrationReport, PhaseTiming, step};
+use berth_model::operation::Progress;
+use berth_model::vm::{VmEvent, VmState};
+use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode};
+use tokio_util::sync::CancellationToken;
+
+use super::convergence::PauseBudget;
+use super::link::{self, Link, Messages, NoFiles, Sender};
+use super::outgoing::{Outgoing, Sending, settle};
+use super::storage::sending::{Pace, Top, send_file};
+use super::storage::{checksum, unchanging};
+use super::wire::{FromSource, FromTarget, VERSION, WireError};
+use crate::durable::blocking;
+use crate::snapshot::{capture, layers};
+use crate::task::TaskContext;
+use crate::vm::VmRuntime;
+
+/// How often the clocks are compared: the quickest exchange counts.
+const PINGS: u32 = 8;
+/// How long the target may take for things that are quick.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to bring what it was sent to its disk, or to start a process.
+const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long the target may be silent after it was told to let the guest run, before its answer is given up.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(15);
+/// A top that holds more is frozen first, so that it is read once and not in each pass: reading it again costs about a
+/// millisecond for each 2 MiB, of which the last time is in the pause.
+const TOP_BYTES_MAX: u64 = 16 << 20;
+/// Time between two passes over the top during the warm-up.
+const TOP_PASS_EVERY: Duration = Duration::from_millis(400);
+
+/// What the manager asked for.
+struct Order {
+    migration: OperationId,
+    target: HostId,
+    address: String,
+    shared_pool: bool,
+    bandwidth_bytes_per_second: Option<u64>,
+    spare_layers: Vec<LayerId>,
+}
+
+impl Order {
+    fn of(spec: &TaskSpec) -> Option<Self> {
+        let TaskSpec::MoveVm {
+            migration,
+            target,
+            target_address,
+            shared_pool,
+            bandwidth_bytes_per_second,
+            spare_layers,
+        } = spec
+        else {
+            return None;
+        };
+        Some(Self {
+            migration: migration.clone(),
+            target: target.clone(),
+            address: target_address.clone(),
+            shared_pool: *shared_pool,
+            bandwidth_bytes_per_second: *bandwidth_bytes_per_second,
+            spare_layers: spare_layers.clone(),
+        })
+    }
+}
+
+/// Moves the VM to another host.
+///
+/// # Errors
+/// Whatever fails before the VM was given away; it then runs here as before.
+pub async fn move_away(vm: &mut VmRuntime, context: &TaskContext) -> Result<TaskOutput, Problem> {
+    let order = Order::of(&context.put().spec)
+        .ok_or_else(|| Problem::new(ProblemCode::Internal, "a task that moves nothing"))?;
+    let side = vm.host_record()?.migration.clone();
+    if let Some(MigrationSide::Source { migration, handed_over: true }) = side {
+        // Run again after the agent died: what happened to the VM only the target can tell.
+        return given_away(vm, &order, &migration);
+    }
+    if !vm.status().runs() {
+        return Err(vm.wrong_state("a running VM"));
+    }
+    vm.qmp()?;
+    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: false };
+    vm.set_migration(Some(side)).await?;
+    vm.status().apply(VmEvent::MigrationBegun);
+    let mut journey = Journey::new();
+    let result = run(vm, context, &order, &mut journey).await;
+    let result = match result {
+        Ok(output) => Ok(output),
+        Err(problem) => Err(give_up(vm, problem).await),
+    };
+    if vm.status().state() == VmState::Migrating {
+        vm.status().apply(VmEvent::MigrationOver);
+    }
+    result
+}
+
+/// The phases, in order.
+async fn run(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    order: &Order,
+    journey: &mut Journey,
+) -> Result<TaskOutput, Problem> {
+    context.phase(MigrationPhase::Preparing.as_str());
+    let mut link = connect(vm, order).await?;
+    journey.clock_offset_us = compare_clocks(&mut link).await?;
+    if order.shared_pool {
+        journey.step(MigrationEvent::NothingToCopy);
+    } else {
+        journey.step(MigrationEvent::TargetReady);
+        copy_unchanging(vm, context, order, &mut link).await?;
+        journey.step(MigrationEvent::LayersThere);
+    }
+    let mut top = launch_target(vm, order, &mut link).await?;
+    let mut outgoing = start_sending(vm, order, &mut link).await?;
+    let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut()).await;
+    journey.step(MigrationEvent::GuestStopped);
+    let loaded = match stopped {
+        Ok(()) => stop_and_copy(&mut outgoing, &mut link, top.as_mut()).await,
+        Err(problem) => Err(problem),
+    };
+    if let Err(problem) = loaded {
+        // QEMU first, so that the guest goes on; then the target, so that it need not wait for a time-out.
+        let settled = outgoing.abandon(true).await;
+        // If the connection is what broke, the target knows.
+        let _ = link.sender.say(&FromSource::Failed { problem: problem.clone() }).await;
+        return settled.map_err(Problem::from).and(Err(problem));
+    }
+    journey.step(MigrationEvent::StateLoaded);
+    let top = top_of(vm)?;
+    let running = hand_over(vm, order, &mut link).await?;
+    if running.is_some() {
+        journey.step(MigrationEvent::GuestRunning);
+    }
+    let report = journey.report(vm, order, &link.sender, &outgoing, running);
+    if running.is_none() {
+        return Ok(TaskOutput::HandedOver { report, top });
+    }
+    if let Err(problem) = vm.end_process().await {
+        // It is stopped, has let go of the disk, and the marker keeps it so.
+        tracing::warn!(vm = %vm.id(), %problem, "the process of a VM that has moved stays behind");
+    }
+    Ok(TaskOutput::Moved { report, top })
+}
+
+/// Reaches the target's agent, and says what is coming.
+async fn connect(vm: &VmRuntime, order: &Order) -> Result<Link<FromTarget>, Problem> {
+    let client = vm.services().peers.connect(&order.target, &order.address);
+    let path = MigrationPath { migration: order.migration.clone() };
+    let connection = link::connect(&client, &path).await?;
+    let mut link = Link::open(connection, NoFiles);
+    let pool = &vm.dirs()?.pool.name;
+    let pool_uuid = vm.services().pool_facts(pool).map(|facts| facts.uuid.clone()).unwrap_or_default();
+    link.sender.say(&FromSource::Begin { version: VERSION, shared_pool: order.shared_pool, pool_uuid }).await?;
+    answer(&mut link.messages, ANSWER_TIMEOUT, "a welcome", |message| {
+        matches!(message, FromTarget::Welcome { .. })
+    })
+    .await?;
+    Ok(link)
+}
+
+/// How far the target's clock is ahead of ours, in microseconds: what it says in the middle of the quickest exchange.
+async fn compare_clocks(link: &mut Link<FromTarget>) -> Result<i64, Problem> {
+    let mut best = (u64::MAX, 0);
+    for number in 0..PINGS {
+        let asked_us = now_us();
+        let asked = Instant::now();
+        link.sender.say(&FromSource::Ping { number }).await?;
+        let pong = |message: &FromTarget| matches!(message, FromTarget::Pong { number: of, .. } if *of == number);
+        let reply = answer(&mut link.messages, ANSWER_TIMEOUT, "an answer to a ping", pong).await?;
+        let FromTarget::Pong { at_us, .. } = reply else { continue };
+        let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if took_us < best.0 {
+            best = (took_us, at_us.cast_signed() - (asked_us + took_us / 2).cast_signed());
+        }
+    }
+    Ok(best.1)
+}
+
+/// Freezes the top if it is large, and sends all that does not change and that the target lacks.
+async fn copy_unchanging(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    order: &Order,
+    link: &mut Link<FromTarget>,
+) -> Result<(), Problem> {
+    context.phase(MigrationPhase::Storage.as_str());
+    for spare in &order.spare_layers {
+        context.check_cancelled()?;
+        if stored_bytes_of_top(vm)? > TOP_BYTES_MAX {
+            layers::freeze_top(vm, spare).await?;
+        }
+        send_missing(vm, context, order, link).await?;
+        // What the guest wrote meanwhile may be too much again.
+        if stored_bytes_of_top(vm)? <= TOP_BYTES_MAX {
+            return Ok(());
+        }
+    }
+    send_missing(vm, context, order, link).await
+}
+
+async fn send_missing(
+    vm: &VmRuntime,
+    context: &TaskContext,
+    order: &Order,
+    link: &mut Link<FromTarget>,
+) -> Result<(), Problem> {
+    let (dirs, writable) = (vm.dirs()?.clone(), top_of(vm)?);
+    let offers = blocking({
+        let dirs = dirs.clone();
+        move || unchanging(&dirs, &writable)
+    })
+    .await?;
+    link.sender.say(&FromSource::Offer { files: offers.clone() }).await?;
+    let have = |message: &FromTarget| matches!(message, FromTarget::Have { .. });
+    let reply = answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "what the target has", have).await?;
+    let FromTarget::Have { checksums } = reply else { return Ok(()) };
+    let mut missing = Vec::new();
+    for (number, (offer, theirs)) in (0_u32..).zip(offers.iter().zip(checksums)) {
+        let path = offer.name.path(&dirs);
+        let same = match theirs {
+            Some(theirs) => {
+                let path = path.clone();
+                blocking(move || Ok(checksum(&path)?)).await? == theirs
+            }
+            None => false,
+        };
+        if !same {
+            missing.push((number, path));
+        }
+    }
+    let total_bytes = stored_bytes(missing.iter().map(|(_, path)| path.clone()).collect()).await?;
+    let mut pace = Pace::new(order.bandwidth_bytes_per_second);
+    let mut counter = StorageProgress::new(context, total_bytes);
+    for (number, path) in missing {
+        let sent = send_file(&link.sender, number, &path, &mut pace, context.cancel(), |bytes| counter.add(bytes));
+        let checksum = sent.await?;
+        link.sender.say(&FromSource::FileDone { file: number, checksum }).await?;
+    }
+    link.sender.say(&FromSource::Sync { top_length_bytes: None }).await?;
+    let synced = |message: &FromTarget| matches!(message, FromTarget::Synced);
+    answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "that files are stored", synced).await.map(|_| ())
+}
+
+/// Lets the target start a process that waits, and sends the top as it is now, if the target needs it.
+async fn launch_target(
+    vm: &VmRuntime,
+    order: &Order,
+    link: &mut Link<FromTarget>,
+) -> Result<Option<Top>, Problem> {
+    link.sender.say(&FromSource::Launch { chain: vm.chain()?.to_vec() }).await?;
+    let waiting = |message: &FromTarget| matches!(message, FromTarget::Waiting);
+    answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "a process that waits", waiting).await?;
+    if order.shared_pool {
+        return Ok(None);
+    }
+    let mut top = Top::new(vm.dirs()?.layer(&top_of(vm)?));
+    top.pass(&link.sender, true).await?;
+    Ok(Some(top))
+}
+
+/// Lets QEMU start to send, through us.
+async fn start_sending(
+    vm: &VmRuntime,
+    order: &Order,
+    link: &mut Link<FromTarget>,
+) -> Result<Outgoing, Problem> {
+    let sending = Sending {
+        budget: PauseBudget::MIGRATION,
+        bandwidth_bytes_per_second: order.bandwidth_bytes_per_second,
+        return_path: true,
+        slow_guest_down: true,
+        finish_timeout: ANSWER_TIMEOUT,
+    };
+    layers::flush(&vm.dirs()?.layer(&top_of(vm)?)).await?;
+    let (outgoing, stream) = Outgoing::start(vm.qmp()?, sending).await?;
+    let (read, write) = link::halves(stream)?;
+    link.sender.send_stream(read);
+    link.messages.deliver_stream(write);
+    Ok(outgoing)
+}
+
+/// Memory goes over in rounds, and the top in passes beside it, until QEMU has stopped the guest.
+async fn warm_up(
+    outgoing: &mut Outgoing,
+    context: &TaskContext,
+    link: &mut Link<FromTarget>,
+    top: Option<&mut Top>,
+) -> Result<(), Problem> {
+    context.phase(MigrationPhase::WarmUp.as_str());
+    let stopped = CancellationToken::new();
+    let memory = async {
+        let report = |passage| context.progress(capture::progress(passage));
+        outgoing.until_switchover(context.cancel(), report).await?;
+        stopped.cancel();
+        Ok::<(), Problem>(())
+    };
+    let disk = async {
+        let Some(top) = top else { return Ok(()) };
+        loop {
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => return Ok(()),
+                () = tokio::time::sleep(TOP_PASS_EVERY) => {}
+            }
+            top.pass(&link.sender, true).await?;
+        }
+    };
+    let target = async {
+        tokio::select! {
+            biased;
+            () = stopped.cancelled() => Ok(()),
+            reply = link.messages.next() => Err(match reply {
+                Ok(FromTarget::Failed { problem }) => problem,
+                Ok(other) => unexpected(&other, "nothing during the warm-up"),
+                Err(error) => error.into(),
+            }),
+        }
+    };
+    tokio::try_join!(memory, disk, target).map(|_| ())
+}
+
+/// The last of memory, the devices, and what changed on the disk since the last pass; until the target has loaded it.
+async fn stop_and_copy(
+    outgoing: &mut Outgoing,
+    link: &mut Link<FromTarget>,
+    top: Option<&mut Top>,
+) -> Result<(), Problem> {
+    let Link { sender, messages } = link;
+    let mut synced = top.is_none();
+    let disk = async {
+        let Some(top) = top else { return Ok(()) };
+        // QEMU has flushed it when it stopped the guest.
+        let pass = top.pass(sender, false).await?;
+        let message = FromSource::Sync { top_length_bytes: Some(pass.length_bytes) };
+        sender.say(&message).await.map_err(Problem::from)
+    };
+    let target = async {
+        let mut loaded = false;
+        while !(synced && loaded) {
+            let wanted = |message: &FromTarget| matches!(message, FromTarget::Synced | FromTarget::Loaded);
+            match answer(messages, ANSWER_TIMEOUT, "that all is loaded", wanted).await? {
+                FromTarget::Synced => synced = true,
+                _ => loaded = true,
+            }
+        }
+        Ok(())
+    };
+    let memory = async { outgoing.finish().await.map_err(Problem::from) };
+    tokio::try_join!(memory, disk, target).map(|_| ())
+}
+
+/// The point of no return: it is written down that the VM is given away, and then the target is told. Gives when the
+/// guest ran there, in microseconds by the target's clock; none: it is not known whether it does.
+async fn hand_over(
+    vm: &mut VmRuntime,
+    order: &Order,
+    link: &mut Link<FromTarget>,
+) -> Result<Option<u64>, Problem> {
+    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: true };
+    if let Err(problem) = vm.set_migration(Some(side)).await {
+        // It may be on the disk all the same: it must be taken off before the guest may run here.
+        vm.set_migration(None).await?;
+        settle(vm.qmp()?, true).await?;
+        return Err(problem);
+    }
+    let told = async {
+        link.sender.say(&FromSource::Commit).await?;
+        let running = |message: &FromTarget| matches!(message, FromTarget::Running { .. });
+        answer(&mut link.messages, COMMIT_TIMEOUT, "that the guest runs", running).await
+    };
+    match tokio::time::timeout(COMMIT_TIMEOUT, told).await {
+        Ok(Ok(FromTarget::Running { at_us })) => Ok(Some(at_us)),
+        Ok(Ok(_)) | Err(_) => Ok(None),
+        Ok(Err(problem)) => {
+            tracing::warn!(vm = %vm.id(), %problem, "the VM was given away and the target does not answer");
+            Ok(None)
+        }
+    }
+}
+
+/// The VM runs here as before; what is left of the migration is forgotten.
+async fn give_up(vm: &mut VmRuntime, problem: Problem) -> Problem {
+    if let Some(qmp) = vm.qmp().ok().cloned()
+        && let Err(error) = settle(&qmp, true).await
+    {
+        tracing::error!(vm = %vm.id(), %error, "the guest does not go on after a migration that failed");
+    }
+    if let Err(error) = vm.set_migration(None).await {
+        tracing::error!(vm = %vm.id(), %error, "a migration that failed stays on record");
+    }
+    problem
+}
+
+fn given_away(vm: &VmRuntime, order: &Order, migration: &OperationId) -> Result<TaskOutput, Problem> {
+    if *migration != order.migration {
+        let message = format!("{} was given away in migration {migration}", vm.id());
+        return Err(Problem::new(ProblemCode::WrongState, message));
+    }
+    Ok(TaskOutput::HandedOver { report: Journey::new().empty_report(vm, order), top: top_of(vm)? })
+}
+
+/// Waits for a message of the kind that has its place here.
+async fn answer(
+    messages: &mut Messages<FromTarget>,
+    timeout: Duration,
+    expected: &'static str,
+    wanted: impl Fn(&FromTarget) -> bool,
+) -> Result<FromTarget, Problem> {
+    match tokio::time::timeout(timeout, messages.next()).await {
+        Ok(Ok(message)) if wanted(&message) => Ok(message),
+        Ok(Ok(FromTarget::Failed { problem })) => Err(problem),
+        Ok(Ok(other)) => Err(unexpected(&other, expected)),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => {
+            let message = format!("the target did not say {expected} within {} s", timeout.as_secs());
+            Err(Problem::new(ProblemCode::Unreachable, message))
+        }
+    }
+}
+
+fn unexpected(message: &FromTarget, expected: &'static str) -> Problem {
+    WireError::Unexpected { what: format!("{message:?}"), expected }.into()
+}
+
+fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
+    let top = vm.chain()?.last().cloned();
+    top.ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
+}
+
+fn stored_bytes_of_top(vm: &VmRuntime) -> Result<u64, Problem> {
+    use std::os::unix::fs::MetadataExt;
+    let path = vm.dirs()?.layer(&top_of(vm)?);
+    let metadata = std::fs::metadata(&path).map_err(crate::durable::FileError::io(&path, "examined"))?;
+    Ok(metadata.blocks() * 512)
+}
+
+async fn stored_bytes(paths: Vec<std::path::PathBuf>) -> Result<u64, Problem> {
+    use std::os::unix::fs::MetadataExt;
+    blocking(move || {
+        let sizes = paths.iter().map(|path| {
+            let metadata = std::fs::metadata(path).map_err(crate::durable::FileError::io(path, "examined"))?;
+            Ok((metadata.blocks() * 512).min(metadata.len()))
+        });
+        sizes.sum()
+    })
+    .await
+}
+
+fn now_us() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// What is measured on the way.
+struct Journey {
+    started: Instant,
+    phase: MigrationPhase,
+    entered: Instant,
+    phases: Vec<PhaseTiming>,
+    clock_offset_us: i64,
+}
+
+impl Journey {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            started: now,
+            phase: MigrationPhase::Preparing,
+            entered: now,
+            phases: Vec::new(),
+            clock_offset_us: 0,
+        }
+    }
+
+    /// Goes on to the next phase.
+    fn step(&mut self, event: MigrationEvent) {
+        match step(self.phase, event) {
+            Ok(next) => {
+                let took_us = u64::try_from(self.entered.elapsed().as_micros()).unwrap_or(u64::MAX);
+                self.phases.push(PhaseTiming { phase: self.phase, took_us });
+                self.phase = next;
+                self.entered = Instant::now();
+            }
+            Err(error) => tracing::error!(%error, "a step that is not in the model"),
+        }
+    }
+
+    fn empty_report(&mut self, vm: &VmRuntime, order: &Order) -> MigrationReport {
+        MigrationReport {
+            source: vm.services().host.clone(),
+            target: order.target.clone(),
+            phases: std::mem::take(&mut self.phases),
+            total_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            blackout_us: 0,
+            memory_bytes: 0,
+            storage_bytes: 0,
+            rounds: 0,
+            clock_offset_us: self.clock_offset_us,
+        }
+    }
+
+    fn report(
+        &mut self,
+        vm: &VmRuntime,
+        order: &Order,
+        sender: &Sender,
+        outgoing: &Outgoing,
+        running_at_us: Option<u64>,
+    ) -> MigrationReport {
+        let stopped_us = outgoing.stopped_at().map(berth_qmp::HostTime::epoch_us);
+        let blackout_us = running_at_us.zip(stopped_us).map_or(0, |(running, stopped)| {
+            let there = running.cast_signed() - self.clock_offset_us;
+            u64::try_from(there - stopped.cast_signed()).unwrap_or(0)
+        });
+        MigrationReport {
+            blackout_us,
+            memory_bytes: sender.stream_bytes(),
+            storage_bytes: sender.storage_bytes(),
+            rounds: outgoing.passes(),
+            ..self.empty_report(vm, order)
+        }
+    }
+}
+
+/// Says how far the copying of files is.
+struct StorageProgress<'a> {
+    context: &'a TaskContext,
+    started: Instant,
+    total_bytes: u64,
+    done_bytes: u64,
+    said: Instant,
+}
+
+impl<'a> StorageProgress<'a> {
+    fn new(context: &'a TaskContext, total_bytes: u64) -> Self {
+        let now = Instant::now();
+        Self { context, started: now, total_bytes, done_bytes: 0, said: now }
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.done_bytes += bytes;
+        if self.said.elapsed() < Duration::from_millis(200) {
+            return;
+        }
+        self.said = Instant::now();
+        let rate = (self.done_bytes as f64 / self.started.elapsed().as_secs_f64().max(0.001)) as u64;
+        let left = self.total_bytes.saturating_sub(self.done_bytes);
+        self.context.progress(Progress {
+            phase: MigrationPhase::Storage.as_str().to_owned(),
+            done_bytes: self.done_bytes,
+            total_bytes: self.total_bytes,
+            bytes_per_second: rate,
+            left_ms: (left * 1000).checked_div(rate),
+            ..Progress::default()
+        });
+    }
+}

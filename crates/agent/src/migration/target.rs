@@ -1,0 +1,324 @@
+//! The target's side of a migration: [`run`] is the list of phases.
+//!
+//! **What is left behind.** Whatever fails before everything is loaded: nothing, neither process nor file. After it, the
+//! loaded process stays, guest not running and disks untouched, and does nothing until the source says `Commit` or the
+//! manager decides, for the source may have given the VM away with a word that was lost.
+
+use std::time::Duration;
+
+use berth_api::agent::{MigrationSide, VmDefinition};
+use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode};
+use berth_qmp::commands::AnnounceSelf;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use super::incoming::{Incoming, lift_limits};
+use super::link::{self, Link, Sender};
+use super::storage::receiving::Files;
+use super::wire::{FromSource, FromTarget, VERSION, WireError};
+use crate::durable::{self, blocking};
+use crate::layout::VmRecord;
+use crate::snapshot::layers;
+use crate::vm::actor::Receive;
+use crate::vm::{LaunchPlan, Memory, VmRuntime, files};
+
+/// How long the source may be silent while nothing is under way that takes long.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long the source may take to write down that it gives the VM away.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the manager said of a VM that is to come: kept on the disk, for it must outlive the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admission {
+    /// The migration.
+    pub migration: OperationId,
+    /// From where it comes.
+    pub source: HostId,
+    /// Both hosts see the VM's directory.
+    pub shared_pool: bool,
+    /// The VM.
+    pub definition: VmDefinition,
+}
+
+impl Admission {
+    /// The admission that a VM has here, if it has one.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn read(vm: &VmRuntime) -> Result<Option<Self>, Problem> {
+        Ok(durable::read_json(&vm.dirs()?.state.join("admission.json"))?)
+    }
+
+    /// Writes it down.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn write(&self, vm: &VmRuntime) -> Result<(), Problem> {
+        Ok(durable::write_json(&vm.dirs()?.state.join("admission.json"), self)?)
+    }
+}
+
+/// Takes a VM in over a connection of its source's agent.
+///
+/// # Errors
+/// What went wrong, if anything did before all was loaded; nothing is then left.
+pub async fn receive(vm: &mut VmRuntime, receive: Receive) -> Result<(), Problem> {
+    let Receive { migration, peer, connection, decided } = receive;
+    let admission = admitted(vm, &migration, &peer)?;
+    let files = Files::start(vm.dirs()?.clone(), vm.services().user_id(admission.definition.number));
+    let mut link = Link::open(link::tuned(connection), files.clone());
+    let result = run(vm, &admission, &mut link, &files, &decided).await;
+    match result {
+        Ok(()) => Ok(()),
+        Err(Failure { problem, loaded: true }) => {
+            // Whether it is ours now the manager must say.
+            tracing::warn!(vm = %vm.id(), %problem, "loaded, and not told to run");
+            Err(problem)
+        }
+        Err(Failure { problem, loaded: false }) => {
+            // If the connection is what broke, the source knows.
+            let _ = link.sender.say(&FromTarget::Failed { problem: problem.clone() }).await;
+            link.sender.close().await;
+            drop((link, files));
+            super::remove_arrival(vm, admission.shared_pool).await?;
+            Err(problem)
+        }
+    }
+}
+
+struct Failure {
+    problem: Problem,
+    loaded: bool,
+}
+
+impl<E: Into<Problem>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self { problem: error.into(), loaded: false }
+    }
+}
+
+/// The phases, in order.
+async fn run(
+    vm: &mut VmRuntime,
+    admission: &Admission,
+    link: &mut Link<FromSource>,
+    files: &Files,
+    decided: &CancellationToken,
+) -> Result<(), Failure> {
+    welcome(vm, admission, link, decided).await?;
+    if !admission.shared_pool {
+        files::make_directories(vm.services(), vm.dirs()?, &admission.definition).await?;
+    }
+    let chain = take_files(link, files, decided).await?;
+    let mut incoming = start_process(vm, admission, chain, link, files).await?;
+    link.sender.say(&FromTarget::Waiting).await?;
+    load(&mut incoming, admission.shared_pool, link, files, decided).await?;
+    link.sender.say(&FromTarget::Loaded).await?;
+    let side = MigrationSide::Target { migration: admission.migration.clone(), loaded: true };
+    let kept = vm.set_migration(Some(side)).await;
+    let after_load = |problem| Failure { problem, loaded: true };
+    kept.map_err(after_load)?;
+    let commit = next(link, decided, COMMIT_TIMEOUT).await.map_err(after_load)?;
+    match commit {
+        FromSource::Commit => {}
+        // The source has failed after all, and runs on.
+        FromSource::Failed { problem } => return Err(problem.into()),
+        other => return Err(after_load(unexpected(&other, "a commit"))),
+    }
+    let running = incoming.run().await.map_err(|error| after_load(error.into()))?;
+    // The guest runs: whether the source still hears of it changes nothing.
+    let _ = link.sender.say(&FromTarget::Running { at_us: running.epoch_us() }).await;
+    settle_in(vm).await.map_err(after_load)
+}
+
+/// The guest runs here: the migration is over, and the network is told where it is.
+pub async fn settle_in(vm: &mut VmRuntime) -> Result<(), Problem> {
+    let announce = AnnounceSelf { initial_ms: 20, max_ms: 500, rounds: 4, step_ms: 100 };
+    if let Err(error) = vm.qmp()?.call(announce).await {
+        tracing::warn!(vm = %vm.id(), %error, "the network is not told where the guest is");
+    }
+    vm.set_migration(None).await?;
+    let admission = vm.dirs()?.state.join("admission.json");
+    blocking(move || Ok(durable::remove_file(&admission)?)).await
+}
+
+fn admitted(vm: &VmRuntime, migration: &OperationId, peer: &HostId) -> Result<Admission, Problem> {
+    let refused = |message: String| Problem::new(ProblemCode::WrongState, message);
+    let none = || refused(format!("no VM is expected in migration {migration}"));
+    if !vm.is_known() {
+        return Err(none());
+    }
+    let admission = Admission::read(vm)?.filter(|admission| admission.migration == *migration).ok_or_else(none)?;
+    if admission.source != *peer {
+        let message = format!("{} is expected from {}, not from {peer}", vm.id(), admission.source);
+        return Err(Problem::new(ProblemCode::NotAllowed, message));
+    }
+    match &vm.host_record()?.migration {
+        Some(MigrationSide::Target { loaded: false, migration: of }) if of == migration => {}
+        _ => return Err(refused(format!("{} has been received in migration {migration} before", vm.id()))),
+    }
+    if vm.process().is_some() {
+        return Err(vm.wrong_state("a VM without a process"));
+    }
+    Ok(admission)
+}
+
+/// Both sides must speak of the same thing.
+async fn welcome(
+    vm: &VmRuntime,
+    admission: &Admission,
+    link: &mut Link<FromSource>,
+    decided: &CancellationToken,
+) -> Result<(), Problem> {
+    let first = next(link, decided, COMMIT_TIMEOUT).await?;
+    let FromSource::Begin { version, shared_pool, pool_uuid } = first else {
+        return Err(unexpected(&first, "a beginning"));
+    };
+    if version != VERSION {
+        let message = format!("the source speaks version {version} of the migration protocol, this host {VERSION}");
+        return Err(Problem::new(ProblemCode::WrongState, message));
+    }
+    let pool = &vm.dirs()?.pool.name;
+    let same = vm.services().pool_facts(pool).is_some_and(|facts| facts.uuid == pool_uuid);
+    if shared_pool != admission.shared_pool || same != shared_pool {
+        let word = |shared| if shared { "shared" } else { "not shared" };
+        let message = format!(
+            "pool '{pool}' is {} by what it says of itself, {} by the source and {} by the manager",
+            word(same),
+            word(shared_pool),
+            word(admission.shared_pool)
+        );
+        return Err(Problem::new(ProblemCode::WrongState, message));
+    }
+    Ok(link.sender.say(&FromTarget::Welcome { version: VERSION }).await?)
+}
+
+/// Takes what does not change, until the source asks for a process; gives the disk's layers.
+async fn take_files(
+    link: &mut Link<FromSource>,
+    files: &Files,
+    decided: &CancellationToken,
+) -> Result<Vec<LayerId>, Problem> {
+    loop {
+        match next(link, decided, SILENCE_TIMEOUT).await? {
+            FromSource::Ping { number } => pong(&link.sender, number).await?,
+            FromSource::Offer { files: offers } => {
+                let checksums = files.offer(offers).await?;
+                link.sender.say(&FromTarget::Have { checksums }).await?;
+            }
+            FromSource::FileDone { file, checksum } => files.done(file, checksum).await?,
+            FromSource::Sync { top_length_bytes } => {
+                files.sync(top_length_bytes).await?;
+                link.sender.say(&FromTarget::Synced).await?;
+            }
+            FromSource::Launch { chain } => return Ok(chain),
+            FromSource::Failed { problem } => return Err(problem),
+            other => return Err(unexpected(&other, "files")),
+        }
+    }
+}
+
+/// A process that waits, guest not running. With a pool of our own the writable top is made anew, empty: it is written
+/// over while the process has it open, which looks at it again before the guest runs.
+async fn start_process(
+    vm: &mut VmRuntime,
+    admission: &Admission,
+    chain: Vec<LayerId>,
+    link: &mut Link<FromSource>,
+    files: &Files,
+) -> Result<Incoming, Problem> {
+    let record = VmRecord { definition: admission.definition.clone(), chain: chain.clone() };
+    vm.set_vm_record(record).await?;
+    if !admission.shared_pool {
+        make_top(vm, &chain).await?;
+        let top = chain.last().map(|top| vm.dirs().map(|dirs| dirs.layer(top))).transpose()?;
+        files.expect_top(top.unwrap_or_default()).await?;
+    }
+    let plan = LaunchPlan { chain, memory: Memory::Anonymous, incoming: true };
+    let launched = vm.launch(&plan).await?;
+    vm.install(launched).await?;
+    let qmp = vm.qmp()?;
+    lift_limits(qmp).await.map_err(layers::refused)?;
+    let (incoming, stream) = Incoming::start(qmp, true).await?;
+    let (read, write) = link::halves(stream)?;
+    link.messages.deliver_stream(write);
+    link.sender.send_answers(read);
+    Ok(incoming)
+}
+
+async fn make_top(vm: &VmRuntime, chain: &[LayerId]) -> Result<(), Problem> {
+    let wrong = || Problem::new(ProblemCode::InvalidInput, "the source named no layers, or layers that it did not send");
+    let (top, below) = chain.split_last().ok_or_else(wrong)?;
+    let dirs = vm.dirs()?;
+    if chain.iter().enumerate().any(|(at, layer)| chain[..at].contains(layer))
+        || below.iter().any(|layer| !dirs.layer(layer).exists())
+    {
+        return Err(wrong());
+    }
+    crate::disk::create_layer(vm, top, below.last()).await
+}
+
+/// The stream goes into QEMU and the top's changes onto the disk, until both are through.
+async fn load(
+    incoming: &mut Incoming,
+    mut synced: bool,
+    link: &mut Link<FromSource>,
+    files: &Files,
+    decided: &CancellationToken,
+) -> Result<(), Problem> {
+    let mut loaded = false;
+    while !(loaded && synced) {
+        let message = tokio::select! {
+            result = incoming.until_loaded(), if !loaded => {
+                result?;
+                loaded = true;
+                continue;
+            }
+            message = link.messages.next() => message?,
+            () = decided.cancelled() => return Err(was_decided()),
+        };
+        match message {
+            // The only one after a process was asked for: the guest has stopped and the top is as it will be.
+            FromSource::Sync { top_length_bytes } => {
+                files.sync(top_length_bytes).await?;
+                link.sender.say(&FromTarget::Synced).await?;
+                synced = true;
+            }
+            FromSource::Failed { problem } => return Err(problem),
+            other => return Err(unexpected(&other, "the stream")),
+        }
+    }
+    Ok(())
+}
+
+async fn pong(sender: &Sender, number: u32) -> Result<(), Problem> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let at_us = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+    Ok(sender.say(&FromTarget::Pong { number, at_us }).await?)
+}
+
+async fn next(
+    link: &mut Link<FromSource>,
+    decided: &CancellationToken,
+    timeout: Duration,
+) -> Result<FromSource, Problem> {
+    tokio::select! {
+        biased;
+        () = decided.cancelled() => Err(was_decided()),
+        message = tokio::time::timeout(timeout, link.messages.next()) => match message {
+            Ok(message) => Ok(message?),
+            Err(_) => {
+                let message = format!("the source said nothing for {} s", timeout.as_secs());
+                Err(Problem::new(ProblemCode::Unreachable, message))
+            }
+        },
+    }
+}
+
+fn was_decided() -> Problem {
+    Problem::new(ProblemCode::Cancelled, "the manager has decided the migration otherwise")
+}
+
+fn unexpected(message: &FromSource, expected: &'static str) -> Problem {
+    WireError::Unexpected { what: format!("{message:?}"), expected }.into()
+}

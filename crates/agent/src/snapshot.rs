@@ -1,0 +1,411 @@
+//! Snapshots of a VM on this host: taking them, putting the VM back to one, removing them.
+//!
+//! Taking one costs the guest a pause of some ten milliseconds, whatever its size ([`capture`]): memory is read while
+//! it runs, and in the pause the last of it is read and the disk's layers are switched ([`layers`]), so that memory
+//! and disk are of one instant. What was taken is put away as a directory that is either whole or not there
+//! ([`archive`]). Putting the VM back maps the memory instead of reading it ([`restore`]).
+//!
+//! **A capture that fails** leaves the VM as it was: running if it ran, and on the layer that it wrote to. If the layers
+//! were switched already, the switch is taken back, by merging the new layer down while the guest runs. Should that
+//! fail too (the disk is full, most likely), the new layer stays: the chain on record names it, everything on the
+//! disk is right, there is merely one layer more; trouble says so.
+//!
+//! **A capture that is run again** after the agent died finds a whole snapshot and returns its facts, or takes back the
+//! switch that it finds, and begins anew.
+
+use std::time::Instant;
+
+use berth_api::agent::TaskOutput;
+use berth_model::snapshot::SnapshotFacts;
+use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
+use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus, RunState};
+
+use crate::durable::{self, FileError, blocking};
+use crate::layout::VmDirs;
+use crate::migration::outgoing::settle;
+use crate::task::TaskContext;
+use crate::vm::VmRuntime;
+
+pub mod archive;
+pub mod capture;
+mod held;
+pub mod layers;
+pub mod memory;
+pub mod overlay;
+mod restore;
+
+pub use restore::restore;
+
+use archive::{ArchiveError, Draft, Manifest, MemoryManifest, SnapshotFiles};
+use capture::{Capture, CaptureFailure};
+
+impl From<ArchiveError> for Problem {
+    fn from(error: ArchiveError) -> Self {
+        let code = match error {
+            ArchiveError::File(error) => return error.into(),
+            ArchiveError::Missing { .. } => ProblemCode::NotFound,
+            ArchiveError::Foreign { .. } | ArchiveError::Damaged { .. } => ProblemCode::BadImage,
+        };
+        Problem::new(code, durable::with_causes(&error))
+    }
+}
+
+/// Takes a snapshot: of a VM with a process, with its memory; of one that rests, of its disk alone.
+///
+/// # Errors
+/// When QEMU or the disk fails, or somebody cancels: the VM is then as it was, and there is no snapshot.
+pub async fn take(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+) -> Result<TaskOutput, Problem> {
+    let started = Instant::now();
+    let facts = match archive::read(vm.dirs()?, snapshot) {
+        Ok(manifest) => manifest.facts,
+        Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
+            take_of_machine(vm, context, snapshot, new_top, started).await?
+        }
+        Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(TaskOutput::Snapshot { facts })
+}
+
+/// Removes a snapshot, and the layers that nothing needs any more; nothing if there is none.
+///
+/// # Errors
+/// When the system refuses.
+pub async fn delete(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+) -> Result<TaskOutput, Problem> {
+    context.phase("deleting");
+    let dirs = vm.dirs()?.clone();
+    let chain = vm.chain()?.to_vec();
+    let snapshot = snapshot.clone();
+    blocking(move || {
+        archive::remove(&dirs, &snapshot)?;
+        remove_unneeded_layers(&dirs, &chain)
+    })
+    .await?;
+    Ok(TaskOutput::Done)
+}
+
+/// Finds how things stand after an agent died in the middle of a snapshot: what was not finished is removed, the guest
+/// goes on if the capture had stopped it, and the record names the layer that it writes to.
+///
+/// # Errors
+/// When QEMU refuses or the system does.
+pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
+    if vm.vm_record().is_err() {
+        return Ok(());
+    }
+    let dirs = vm.dirs()?.clone();
+    blocking(move || Ok(archive::remove_unfinished(&dirs)?)).await?;
+    // A process in a migration is not ours to touch.
+    if vm.host_record()?.migration.is_some() {
+        return Ok(());
+    }
+    let Ok(qmp) = vm.qmp().cloned() else { return Ok(()) };
+    settle(&qmp, false).await?;
+    let sent = qmp.call(QueryMigrate {}).await.map_err(layers::refused)?.status;
+    let state = qmp.call(QueryStatus {}).await.map_err(layers::refused)?.status;
+    // A guest that was held when it was taken ends as `failed`: it stays held.
+    if sent == MigrationStatus::Completed && state == RunState::PostMigrate {
+        settle(&qmp, true).await?;
+    }
+    let chain = vm.chain()?.to_vec();
+    let Some(top) = layers::top_of(&qmp, &chain).await.map_err(layers::refused)? else { return Ok(()) };
+    let used = chain.iter().position(|layer| *layer == top).map_or(chain.len(), |at| at + 1);
+    for unused in &chain[used..] {
+        layers::close(vm, unused).await?;
+    }
+    vm.set_chain(chain[..used].to_vec()).await
+}
+
+/// Removes layers that are neither in `chain` nor in any snapshot. Blocks. Only for a VM at rest from other work.
+///
+/// # Errors
+/// When a manifest can't be read (nothing is removed then) or a file not removed.
+pub fn remove_unneeded_layers(dirs: &VmDirs, chain: &[LayerId]) -> Result<(), Problem> {
+    let mut needed: Vec<LayerId> = chain.to_vec();
+    for snapshot in archive::list(dirs)? {
+        // A directory without a manifest is what is left of a removal, and needs nothing.
+        match archive::read(dirs, &snapshot) {
+            Ok(manifest) => needed.extend(manifest.layers),
+            Err(ArchiveError::Missing { .. }) => archive::remove(dirs, &snapshot)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    for layer in layers_present(dirs)? {
+        if !needed.contains(&layer) {
+            durable::remove_file(&dirs.layer(&layer))?;
+        }
+    }
+    Ok(())
+}
+
+/// The layers whose files are in a VM's directory.
+///
+/// # Errors
+/// When the directory can't be read.
+pub fn layers_present(dirs: &VmDirs) -> Result<Vec<LayerId>, FileError> {
+    let directory = dirs.layers();
+    let entries = std::fs::read_dir(&directory).map_err(FileError::io(&directory, "read"))?;
+    let mut layers = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(FileError::io(&directory, "read"))?.file_name();
+        let id = name.to_str().and_then(|name| name.strip_suffix(".qcow2")).and_then(|id| id.parse().ok());
+        layers.extend(id);
+    }
+    layers.sort();
+    Ok(layers)
+}
+
+async fn take_of_disk(
+    vm: &mut VmRuntime,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+    started: Instant,
+) -> Result<SnapshotFacts, Problem> {
+    let (frozen, _) = split_chain(vm, new_top)?;
+    let draft = begin(vm, snapshot).await?;
+    // A first try that died after this step has done it, and nothing has run since.
+    if vm.chain()?.last() != Some(new_top) {
+        layers::create(vm, last(&frozen)?, new_top).await?;
+        let mut chain = frozen.clone();
+        chain.push(new_top.clone());
+        vm.set_chain(chain).await?;
+    }
+    let facts = SnapshotFacts { layers: frozen, ..SnapshotFacts::default() };
+    put_away(vm, draft, snapshot, facts, None, started).await
+}
+
+async fn take_of_machine(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+    started: Instant,
+) -> Result<SnapshotFacts, Problem> {
+    undo_half_done(vm, new_top).await?;
+    let (frozen, memory_bytes) = split_chain(vm, new_top)?;
+    let old_top = last(&frozen)?.clone();
+    let status = vm.qmp()?.call(QueryStatus {}).await.map_err(layers::refused)?;
+    let quiet = vm.status().quiet();
+    let draft = begin(vm, snapshot).await?;
+    let result = async {
+        prepare_switch(vm, &frozen, new_top).await?;
+        let held = if status.status == RunState::PostMigrate { held::find(vm, &frozen)? } else { None };
+        match held {
+            Some(earlier) => take_again(vm, &draft, &earlier, &old_top, new_top).await,
+            None => {
+                let capture = Capture {
+                    qmp: vm.qmp()?,
+                    files: draft.files(),
+                    memory_bytes,
+                    old_top: &old_top,
+                    new_top,
+                    was_running: status.running,
+                };
+                take_anew(&capture, context).await
+            }
+        }
+    }
+    .await;
+    let result = match result {
+        Ok((mut facts, memory)) => {
+            facts.layers.clone_from(&frozen);
+            if !status.running {
+                held::remember(vm, snapshot)?;
+            }
+            let finished = put_away(vm, draft, snapshot, facts, Some(memory), started).await;
+            finished.map_err(|problem| CaptureFailure { problem, switched: true })
+        }
+        Err(failure) => {
+            drop(draft);
+            Err(failure)
+        }
+    };
+    drop(quiet);
+    match result {
+        Ok(facts) => Ok(facts),
+        Err(failure) => Err(undo(vm, failure, &frozen, new_top).await),
+    }
+}
+
+impl From<Problem> for CaptureFailure {
+    fn from(problem: Problem) -> Self {
+        Self { problem, switched: false }
+    }
+}
+
+/// Makes, opens and writes down the new layer, and brings what the guest has written to the disk.
+async fn prepare_switch(vm: &mut VmRuntime, frozen: &[LayerId], new_top: &LayerId) -> Result<(), Problem> {
+    let old_top = last(frozen)?;
+    layers::create(vm, old_top, new_top).await?;
+    layers::open(vm, new_top).await?;
+    let mut chain = frozen.to_vec();
+    chain.push(new_top.clone());
+    vm.set_chain(chain).await?;
+    layers::flush(&vm.dirs()?.layer(old_top)).await
+}
+
+async fn take_anew(
+    capture: &Capture<'_>,
+    context: &TaskContext,
+) -> Result<(SnapshotFacts, MemoryManifest), CaptureFailure> {
+    let captured = capture.run(context).await?;
+    context.phase("writing");
+    let (paused_us, rounds) = (captured.paused_us, captured.rounds);
+    let (memory_bytes, was_running) = (capture.memory_bytes, capture.was_running);
+    let files = capture.files.clone();
+    let written = blocking(move || {
+        let memory = &captured.collected.memory;
+        let stored = memory::stored_bytes(memory).map_err(FileError::io(&files.memory(), "examined"))?;
+        memory::write_index(memory, &files.index(), index_key()?)
+            .map_err(FileError::io(&files.index(), "written"))?;
+        let manifest = MemoryManifest {
+            bytes: memory_bytes,
+            was_running,
+            device_blake3: archive::blake3_of(&files.device())?,
+            index_blake3: archive::blake3_of(&files.index())?,
+        };
+        Ok((stored, manifest))
+    });
+    let (memory_stored_bytes, manifest) =
+        written.await.map_err(|problem| CaptureFailure { problem, switched: true })?;
+    let facts = SnapshotFacts {
+        has_memory: true,
+        paused_us,
+        memory_bytes,
+        memory_stored_bytes,
+        rounds,
+        ..SnapshotFacts::default()
+    };
+    Ok((facts, manifest))
+}
+
+/// A guest that has not moved since an earlier snapshot: its memory is that snapshot's, and only the layers are switched.
+async fn take_again(
+    vm: &VmRuntime,
+    draft: &Draft,
+    earlier: &Manifest,
+    old_top: &LayerId,
+    new_top: &LayerId,
+) -> Result<(SnapshotFacts, MemoryManifest), CaptureFailure> {
+    let Some(memory) = earlier.memory.clone() else {
+        return Err(Problem::new(ProblemCode::Internal, "a snapshot of a held guest without memory").into());
+    };
+    let files = SnapshotFiles::of(vm.dirs()?, &earlier.snapshot);
+    held::link(&files, draft.files()).map_err(Problem::from)?;
+    layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
+    let facts = SnapshotFacts { paused_us: 0, total_ms: 0, rounds: 0, ..earlier.facts.clone() };
+    Ok((facts, memory))
+}
+
+/// Writes the manifest and gives the snapshot its name; the old layer is frozen.
+async fn put_away(
+    vm: &VmRuntime,
+    draft: Draft,
+    snapshot: &SnapshotId,
+    mut facts: SnapshotFacts,
+    memory: Option<MemoryManifest>,
+    started: Instant,
+) -> Result<SnapshotFacts, Problem> {
+    let definition = vm.definition()?.clone();
+    let newest = vm.dirs()?.layer(last(&facts.layers)?);
+    let snapshot = snapshot.clone();
+    blocking(move || {
+        layers::freeze(&newest)?;
+        let file = std::fs::File::open(&newest).map_err(FileError::io(&newest, "opened"))?;
+        file.sync_all().map_err(FileError::io(&newest, "brought to the disk"))?;
+        facts.disk_stored_bytes =
+            memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
+        facts.total_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let layers = facts.layers.clone();
+        let manifest =
+            Manifest { format: archive::FORMAT, snapshot, definition, layers, memory, facts: facts.clone() };
+        draft.finish(&manifest)?;
+        Ok(facts)
+    })
+    .await
+}
+
+/// After a failure: the guest on the layer that it had, the new one gone, and the record saying so.
+async fn undo(
+    vm: &mut VmRuntime,
+    failure: CaptureFailure,
+    frozen: &[LayerId],
+    new_top: &LayerId,
+) -> Problem {
+    let CaptureFailure { mut problem, switched } = failure;
+    let undone = match last(frozen) {
+        Ok(old_top) if switched && vm.qmp().is_ok() => layers::take_back(vm, old_top, new_top).await,
+        // It may have written to the new layer before it died: the record, which has both, is right.
+        Ok(_) if switched => Ok(()),
+        Ok(_) => layers::close(vm, new_top).await,
+        Err(error) => Err(error),
+    };
+    let undone = match undone {
+        Ok(()) if switched && vm.qmp().is_err() => Ok(()),
+        Ok(()) => vm.set_chain(frozen.to_vec()).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = undone {
+        tracing::warn!(vm = %vm.id(), %error, "a failed snapshot leaves a layer more");
+        problem.message.push_str("; the VM goes on with one layer more, because it could not be taken back: ");
+        problem.message.push_str(&error.message);
+    }
+    problem
+}
+
+/// Takes back what a try of the same task left that died in the middle.
+async fn undo_half_done(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
+    held::forget_unless_held(vm).await?;
+    let qmp = vm.qmp()?.clone();
+    let chain = vm.chain()?.to_vec();
+    let Some((top, below)) = chain.split_last() else { return Ok(()) };
+    if top != new_top {
+        return Ok(());
+    }
+    let running = vm.status().runs();
+    settle(&qmp, running).await?;
+    let old_top = last(below)?;
+    if layers::top_of(&qmp, &chain).await.map_err(layers::refused)?.as_ref() == Some(new_top) {
+        layers::take_back(vm, old_top, new_top).await?;
+    } else {
+        layers::close(vm, new_top).await?;
+    }
+    vm.set_chain(below.to_vec()).await
+}
+
+async fn begin(vm: &VmRuntime, snapshot: &SnapshotId) -> Result<Draft, Problem> {
+    let (dirs, snapshot, reader) = (vm.dirs()?.clone(), snapshot.clone(), vm.user_id()?);
+    blocking(move || Ok(Draft::begin(&dirs, &snapshot, reader)?)).await
+}
+
+/// The layers that a snapshot taken now would have, and the guest's memory in bytes.
+fn split_chain(vm: &VmRuntime, new_top: &LayerId) -> Result<(Vec<LayerId>, u64), Problem> {
+    let chain = vm.chain()?;
+    let frozen: Vec<LayerId> = chain.iter().filter(|layer| *layer != new_top).cloned().collect();
+    let misplaced = frozen.len() != chain.len() && chain.last() != Some(new_top);
+    if misplaced || frozen.is_empty() {
+        let message = format!("{new_top} can't be the next layer of {}", vm.id());
+        return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
+    }
+    Ok((frozen, vm.memory_mib()?.saturating_mul(1 << 20)))
+}
+
+fn last(layers: &[LayerId]) -> Result<&LayerId, Problem> {
+    layers.last().ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
+}
+
+fn index_key() -> Result<[u8; 32], Problem> {
+    let mut key = [0; 32];
+    getrandom::fill(&mut key)
+        .map_err(|error| Problem::new(ProblemCode::Internal, format!("no random numbers: {error}")))?;
+    Ok(key)
+}

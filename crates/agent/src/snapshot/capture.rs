@@ -1,0 +1,186 @@
+//! Taking the memory and device state of a guest, together with its disk's layer, at one instant.
+//!
+//! ```text
+//! guest runs   QEMU ──pass 1, 2, 3 …──► collector (a thread) ──► memory.raw
+//! STOP         what is left fits into the pause; disks are flushed
+//!              layers are switched: the disk's instant is the memory's
+//!              last pages and device state                ──► memory.raw, device.bin
+//! RESUME       the guest goes on, on the new layer
+//! ```
+//!
+//! A guest that does not run (held, or panicked) is taken the same way, but QEMU must not come to believe that it is gone:
+//! a machine that was sent away while paused can't be sent again and has let go of its disks. So the reader says
+//! nothing at the end and hangs up: QEMU takes that for a failure, and keeps its disks.
+
+use std::time::Duration;
+
+use berth_model::LayerId;
+use berth_model::operation::Progress;
+use berth_model::{Problem, ProblemCode};
+use berth_qmp::Qmp;
+use tokio::task::JoinHandle;
+
+use super::archive::SnapshotFiles;
+use super::layers;
+use super::memory::{CollectError, Collected, collect};
+use crate::durable::with_causes;
+use crate::migration::convergence::PauseBudget;
+use crate::migration::outgoing::{Outgoing, OutgoingError, Passage, Sending};
+use crate::task::TaskContext;
+
+/// How long QEMU may take for the last part, guest stopped: a local disk takes it, at worst as slowly as it writes.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the collector may take for what QEMU has sent, after QEMU says that it has sent everything.
+const COLLECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What is captured, and where to.
+#[derive(Debug)]
+pub struct Capture<'a> {
+    /// The VM's monitor.
+    pub qmp: &'a Qmp,
+    /// Where the files go.
+    pub files: &'a SnapshotFiles,
+    /// Length of the guest's memory in bytes.
+    pub memory_bytes: u64,
+    /// The layer that the guest writes to, which is frozen.
+    pub old_top: &'a LayerId,
+    /// The layer that it writes to afterwards; open and empty.
+    pub new_top: &'a LayerId,
+    /// Whether the guest runs.
+    pub was_running: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Captured {
+    /// The files.
+    pub collected: Collected,
+    /// How long the guest stood still, in microseconds.
+    pub paused_us: u64,
+    /// Passes over memory.
+    pub rounds: u64,
+}
+
+/// A capture that failed, and how far it had come.
+#[derive(Debug)]
+pub struct CaptureFailure {
+    /// Why.
+    pub problem: Problem,
+    /// The guest writes to the new layer already.
+    pub switched: bool,
+}
+
+impl Capture<'_> {
+    /// Does it. The guest is as it was afterwards, running or not, in either case; which layer it writes to is said.
+    ///
+    /// # Errors
+    /// When QEMU or the disk fails, or somebody cancels.
+    pub async fn run(&self, context: &TaskContext) -> Result<Captured, CaptureFailure> {
+        let sending = Sending {
+            budget: PauseBudget::SNAPSHOT,
+            bandwidth_bytes_per_second: None,
+            return_path: !self.was_running,
+            slow_guest_down: true,
+            finish_timeout: FINISH_TIMEOUT,
+        };
+        let mut switched = false;
+        let (mut outgoing, stream) =
+            Outgoing::start(self.qmp, sending).await.map_err(|error| failure(error.into(), switched))?;
+        let collector = self.collector(stream);
+        let taken = self.take(&mut outgoing, context, &mut switched).await;
+        let collected = match &taken {
+            Ok(_) => wait_for(collector).await,
+            Err(_) => {
+                // QEMU first: the collector ends when QEMU closes its end.
+                if let Err(error) = outgoing.abandon(self.was_running).await {
+                    tracing::error!(%error, "the guest could not be brought back after a failed capture");
+                }
+                wait_for(collector).await
+            }
+        };
+        match (taken, collected) {
+            (Ok(paused_us), Ok(collected)) => {
+                Ok(Captured { collected, paused_us, rounds: outgoing.passes() })
+            }
+            // The collector's fault is what QEMU met as a broken stream: it is the one to tell of.
+            (_, Err(Some(error))) if self.is_cause(&error) => Err(failure(collect_problem(&error), switched)),
+            (Err(error), _) => Err(failure(error.into(), switched)),
+            (Ok(_), Err(error)) => {
+                let problem = error.map_or_else(stuck, |error| collect_problem(&error));
+                Err(failure(problem, switched))
+            }
+        }
+    }
+
+    /// From the first pass to the guest's going on; gives the pause in microseconds.
+    async fn take(
+        &self,
+        outgoing: &mut Outgoing,
+        context: &TaskContext,
+        switched: &mut bool,
+    ) -> Result<u64, OutgoingError> {
+        outgoing.until_switchover(context.cancel(), |passage| context.progress(progress(passage))).await?;
+        layers::switch(self.qmp, self.old_top, self.new_top).await?;
+        *switched = true;
+        if self.was_running {
+            outgoing.finish().await?;
+            outgoing.take_back().await
+        } else {
+            outgoing.finish_unanswered().await?;
+            Ok(0)
+        }
+    }
+
+    fn collector(&self, stream: std::os::unix::net::UnixStream) -> Collector {
+        let (memory, device, bytes) = (self.files.memory(), self.files.device(), self.memory_bytes);
+        tokio::task::spawn_blocking(move || collect(stream, &memory, &device, bytes))
+    }
+
+    /// Whether a collector's error came before QEMU's: a stream that was merely cut is QEMU's doing.
+    fn is_cause(&self, error: &CollectError) -> bool {
+        match error {
+            CollectError::Split(berth_stream::SplitError::Stream(error)) => {
+                !matches!(error.fault, berth_stream::Fault::Truncated { .. })
+            }
+            CollectError::Create(_) | CollectError::Split(_) => true,
+            CollectError::Read(_) => false,
+        }
+    }
+}
+
+type Collector = JoinHandle<Result<Collected, CollectError>>;
+
+async fn wait_for(collector: Collector) -> Result<Collected, Option<CollectError>> {
+    match tokio::time::timeout(COLLECT_TIMEOUT, collector).await {
+        Ok(Ok(result)) => result.map_err(Some),
+        Ok(Err(_)) | Err(_) => Err(None),
+    }
+}
+
+fn failure(problem: Problem, switched: bool) -> CaptureFailure {
+    CaptureFailure { problem, switched }
+}
+
+fn stuck() -> Problem {
+    Problem::new(ProblemCode::Internal, "the snapshot's stream was not written in time")
+}
+
+fn collect_problem(error: &CollectError) -> Problem {
+    let code = if error.is_no_space() { ProblemCode::NoSpace } else { ProblemCode::Hypervisor };
+    Problem::new(code, with_causes(error))
+}
+
+/// A passage as a task's progress. While memory is passed over once, what is done and left adds up to it; later passes
+/// say what is left of what the guest rewrote.
+pub fn progress(passage: Passage) -> Progress {
+    let left_ms = (passage.left_bytes * 1000).checked_div(passage.bytes_per_second);
+    Progress {
+        phase: "warm-up".to_owned(),
+        done_bytes: passage.total_bytes.saturating_sub(passage.left_bytes),
+        total_bytes: passage.total_bytes,
+        bytes_per_second: passage.bytes_per_second,
+        round: passage.pass,
+        dirty_bytes_per_second: passage.dirty_bytes_per_second,
+        left_ms,
+    }
+}

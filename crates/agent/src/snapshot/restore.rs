@@ -1,0 +1,173 @@
+//! Putting a VM back to a snapshot, whatever it is doing: running, held, panicked, hung, or without a process.
+//!
+//! ```text
+//! the old process is killed ┐                       nothing here grows with the guest's memory: the image is mapped,
+//! a new layer is made       ├─► the new process ─► device state (0.3 MB) is loaded ─► cont
+//! the record is written     ┘   maps memory.raw
+//! ```
+//!
+//! The old process is killed without a word, since a guest that is to be put back has nothing to say, and without being
+//! waited for: once the signal is sent, the kernel lets none of its threads run another instruction of its own, while
+//! taking its memory apart takes the longer the larger it was. Nor could it harm: the new process writes to a new layer,
+//! and everything below is frozen. It is waited for before the snapshot's old neighbour, the layer that it wrote to, is
+//! removed.
+//!
+//! A restore that is run again does the same again, on the same new layer, made empty again.
+
+use std::io::Write;
+use std::time::Instant;
+
+use berth_api::agent::{TaskOutput, VmDefinition};
+use berth_model::snapshot::RestoreFacts;
+use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
+
+use super::archive::{self, Manifest, SnapshotFiles};
+use super::layers;
+use crate::durable::{FileError, blocking, with_causes};
+use crate::layout::VmRecord;
+use crate::migration::incoming::{Incoming, IncomingError};
+use crate::task::TaskContext;
+use crate::vm::{LaunchPlan, Memory, VmRuntime};
+
+impl From<IncomingError> for Problem {
+    fn from(error: IncomingError) -> Self {
+        let code = match &error {
+            IncomingError::Socket(_) => ProblemCode::Internal,
+            _ => ProblemCode::Hypervisor,
+        };
+        Problem::new(code, with_causes(&error))
+    }
+}
+
+/// Puts the VM back to a snapshot.
+///
+/// # Errors
+/// When the snapshot is not here or not whole: the VM is then as it was. When QEMU can't load it: the VM is then
+/// stopped, its disk as in the snapshot, which is still there to be tried again.
+pub async fn restore(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    definition: &VmDefinition,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+) -> Result<TaskOutput, Problem> {
+    let started = Instant::now();
+    context.phase("restoring");
+    let manifest = archive::read(vm.dirs()?, snapshot)?;
+    let files = SnapshotFiles::of(vm.dirs()?, snapshot);
+    check(vm, &manifest, &files, new_top)?;
+    let old_chain = vm.chain().map(<[LayerId]>::to_vec).unwrap_or_default();
+    let old_process = vm.process().cloned();
+    if let Some(process) = &old_process {
+        process.kill();
+    }
+    put_disk_back(vm, definition, &manifest, new_top).await?;
+    if manifest.memory.is_some() {
+        let run = start(vm, &manifest, &files).await;
+        if let Err(problem) = run {
+            vm.end_process().await?;
+            return Err(problem);
+        }
+    } else {
+        vm.end_process().await?;
+    }
+    let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    if let Some(process) = old_process {
+        process.exited().await;
+    }
+    remove_abandoned(vm, &old_chain).await;
+    Ok(TaskOutput::Restored { facts: RestoreFacts { running_us, undo_us: 0 } })
+}
+
+/// Finds out what can be found out before anything is done.
+fn check(vm: &VmRuntime, manifest: &Manifest, files: &SnapshotFiles, new_top: &LayerId) -> Result<(), Problem> {
+    let below = vm.chain().unwrap_or_default().split_last().map_or(&[][..], |(_, below)| below);
+    if manifest.layers.contains(new_top) || below.contains(new_top) {
+        let message = format!("{new_top} is a frozen layer of {}", vm.id());
+        return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
+    }
+    for layer in &manifest.layers {
+        let path = vm.dirs()?.layer(layer);
+        std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?;
+    }
+    if let Some(memory) = &manifest.memory {
+        let path = files.memory();
+        let length = std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?.len();
+        let expected = manifest.definition.spec.memory_mib.saturating_mul(1 << 20);
+        if length != memory.bytes || length != expected {
+            return Err(archive::ArchiveError::Damaged {
+                snapshot: manifest.snapshot.clone(),
+                path,
+                detail: format!("{length} bytes, expected {expected}"),
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// A new layer on the snapshot's, and the record of it. The machine is the one that the snapshot is of.
+async fn put_disk_back(
+    vm: &mut VmRuntime,
+    definition: &VmDefinition,
+    manifest: &Manifest,
+    new_top: &LayerId,
+) -> Result<(), Problem> {
+    let below = super::last(&manifest.layers)?;
+    let definition = VmDefinition {
+        spec: manifest.definition.spec.clone(),
+        image: manifest.definition.image.clone(),
+        ..definition.clone()
+    };
+    let mut chain = manifest.layers.clone();
+    chain.push(new_top.clone());
+    layers::create(vm, below, new_top).await?;
+    vm.set_vm_record(VmRecord { definition, chain }).await
+}
+
+/// A new process with the snapshot's memory, loaded and, if it ran then, running.
+async fn start(vm: &mut VmRuntime, manifest: &Manifest, files: &SnapshotFiles) -> Result<(), Problem> {
+    let chain = vm.chain()?.to_vec();
+    let plan = LaunchPlan { chain, memory: Memory::Image(files.memory()), incoming: true };
+    let openable = archive::Openable::open(files.memory())?;
+    let launched = vm.launch(&plan).await?;
+    drop(openable);
+    let qmp = launched.qmp.clone();
+    vm.install(launched).await?;
+    let (mut incoming, mut stream) = Incoming::start(&qmp, false).await?;
+    let device = files.device();
+    let expected = manifest.memory.as_ref().map(|memory| memory.device_blake3.clone()).unwrap_or_default();
+    let snapshot = manifest.snapshot.clone();
+    let fed = blocking(move || {
+        let bytes = std::fs::read(&device).map_err(FileError::io(&device, "read"))?;
+        if blake3::hash(&bytes).to_hex().as_str() != expected {
+            let detail = "its checksum differs".to_owned();
+            return Err(archive::ArchiveError::Damaged { snapshot, path: device, detail }.into());
+        }
+        // QEMU may refuse the stream before it has read all of it: what it says is the error to tell.
+        let _ = stream.write_all(&bytes);
+        Ok(())
+    });
+    let (fed, loaded) = tokio::join!(fed, incoming.until_loaded());
+    fed?;
+    loaded?;
+    if manifest.memory.as_ref().is_some_and(|memory| memory.was_running) {
+        incoming.run().await?;
+    } else {
+        vm.status().process_rests();
+    }
+    Ok(())
+}
+
+/// Removes the layer that the VM wrote to before. The restore has succeeded: that this fails is only worth a warning.
+async fn remove_abandoned(vm: &VmRuntime, old_chain: &[LayerId]) {
+    let (Ok(dirs), Ok(chain)) = (vm.dirs(), vm.chain()) else { return };
+    let (dirs, chain) = (dirs.clone(), chain.to_vec());
+    if old_chain == chain {
+        return;
+    }
+    let removed = blocking(move || super::remove_unneeded_layers(&dirs, &chain)).await;
+    if let Err(error) = removed {
+        tracing::warn!(vm = %vm.id(), %error, "a layer that nothing needs stays behind");
+    }
+}
