@@ -155,12 +155,12 @@ impl Metrics {
     }
 }
 
-/// Every kind and result of an operation that is over, so that a counter that is still at zero can be seen too.
 impl Metrics {
-    /// Makes all counters of operations, at zero.
+    /// Makes the counters of every kind and result of operations, so that one that is still at zero can be seen too.
     #[must_use]
     pub fn with_all_kinds(self) -> Self {
         for kind in OperationKind::ALL {
+            drop(self.durations.get_or_create(&KindLabel { kind: kind.as_str() }));
             for result in [OperationState::Succeeded, OperationState::Failed, OperationState::Cancelled] {
                 let labels = OperationLabels { kind: kind.as_str(), result: result.as_str() };
                 drop(self.operations.get_or_create(&labels));

@@ -302,3 +302,6 @@ async fn tidy(cluster: Arc<Cluster>) {
         cluster.clock.sleep(TIDY_EVERY).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -130,7 +130,8 @@ fn typed_value<T: DeserializeOwned>(value: Value) -> Result<T, Problem> {
     let mut unknown = None;
     let tracked = serde_path_to_error::Deserializer::new(&value, &mut track);
     let result = serde_ignored::deserialize(tracked, |path| {
-        unknown.get_or_insert_with(|| path.to_string());
+        // Optional parents show as question marks.
+        unknown.get_or_insert_with(|| path.to_string().replace("?.", ""));
     });
     match (result, unknown) {
         (Ok(typed), None) => Ok(typed),

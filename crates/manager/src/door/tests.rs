@@ -1,1 +1,11 @@
+//! The door from outside: requests in, answers and records out, without a socket.
 
+mod access;
+mod coverage;
+mod enrolment;
+mod hangups;
+mod nonsense;
+mod reading;
+mod support;
+mod tokens;
+mod uploads;

@@ -46,7 +46,7 @@ async fn who_am_i(call: Call<WhoAmIShow, TheCluster>) -> Result<Answer<WhoAmI>, 
 
 async fn can_i(call: Call<CanI, TheCluster>) -> Result<Answer<CanIReply>, Problem> {
     let CanIQuery { action, resource } = &call.input.query;
-    let expected = "an action of the API, like vm.restore; see /v1/openapi.json";
+    let expected = "an action of the API, like vm.migrate; see /v1/openapi.json";
     let action: Action = action.parse().map_err(|_| Problem::field("action", action, expected))?;
     Ok(Answer::new(answer(&call.ctx, action, resource.as_deref())))
 }

@@ -1,0 +1,181 @@
+//! Every route of the contract: mounted, shut to strangers and to users without roles, and written down once.
+
+use std::collections::BTreeSet;
+
+use axum::body::Body;
+use berth_api::EndpointInfo;
+use berth_api::manager::ENDPOINTS;
+use berth_api::pki::Peer;
+use berth_model::HostId;
+use berth_model::access::Action;
+use http::Request;
+
+use super::support::{Fixture, Got};
+
+/// The path of a route with things that are there.
+fn path_of(endpoint: &EndpointInfo) -> String {
+    endpoint
+        .path
+        .replace("{vm}", "default%2Fbooks")
+        .replace("{snapshot}", "first")
+        .replace("{host}", "host-1")
+        .replace("{segment}", "default")
+        .replace("{image}", "debian")
+        .replace("{role}", "disk")
+        .replace("{operation}", "op-0000000000000000")
+        .replace("{user}", "nobody")
+        .replace("{token}", "token-0000000000000000")
+}
+
+/// A body that says enough for the route to find out what it is about.
+fn body_of(endpoint: &EndpointInfo) -> &'static str {
+    match endpoint.name {
+        "VmCreate" => r#"{"segment":"default","name":"new","image":"debian"}"#,
+        "ImageCreate" => r#"{"name":"new","parts":[]}"#,
+        "SegmentCreate" | "UserCreate" => r#"{"name":"new"}"#,
+        "TokenCreate" => r#"{"user":"nobody"}"#,
+        "HostEnrol" => r#"{"token":"x","name":"new","address":"192.0.2.1:1","csr_pem":"x"}"#,
+        "CertificateRenew" => r#"{"csr_pem":"x"}"#,
+        _ => "",
+    }
+}
+
+async fn ask(fixture: &Fixture, endpoint: &EndpointInfo, token: Option<&str>) -> Got {
+    fixture.call(endpoint.method, &path_of(endpoint), token, body_of(endpoint)).await
+}
+
+#[tokio::test]
+async fn every_route_of_the_contract_is_mounted_and_no_other() {
+    let fixture = Fixture::new().await;
+    let gate = std::sync::Arc::new(crate::door::Gate::new(
+        std::sync::Arc::clone(fixture.cluster()),
+        crate::policy::Policies::built_in().expect("valid policies"),
+        fixture.manager.audit().clone(),
+        std::sync::Arc::default(),
+        berth_api::join::Fingerprint::of_der(b""),
+    ));
+    let door = crate::http::mount(crate::door::Door::new(gate));
+    let contract: BTreeSet<&str> = ENDPOINTS.iter().map(|endpoint| endpoint.name).collect();
+    assert_eq!(*door.mounted(), contract);
+}
+
+#[tokio::test]
+async fn every_route_is_shut_to_strangers_and_writes_them_down() {
+    let fixture = Fixture::new().await;
+    for endpoint in ENDPOINTS {
+        let before = fixture.audit().await.len();
+        let got = ask(&fixture, endpoint, None).await;
+        let expected = if endpoint.action == Action::Public { 200 } else { 401 };
+        assert_eq!(got.status.as_u16(), expected, "{} {}: {}", endpoint.method, endpoint.path, got.json());
+        let records = fixture.audit().await;
+        assert_eq!(records.len(), before + 1, "{} left exactly one record", endpoint.name);
+        let record = records.last().expect("one");
+        assert_eq!(record.status, Some(expected), "{}", endpoint.name);
+        assert!(record.finished_at.is_some() && record.action == endpoint.action, "{record:?}");
+        assert_eq!(record.decision, if expected == 401 { "deny" } else { "allow" });
+    }
+}
+
+#[tokio::test]
+async fn every_route_is_shut_to_a_user_without_roles_and_writes_it_down() {
+    let fixture = Fixture::new().await;
+    for endpoint in ENDPOINTS {
+        let before = fixture.audit().await.len();
+        let got = ask(&fixture, endpoint, Some(&fixture.nobody)).await;
+        let expected = match endpoint.action {
+            Action::Public | Action::SelfView => continue_with_anything(&got),
+            // A user's token is not what admits a machine.
+            Action::Enrol => 401,
+            _ => 403,
+        };
+        assert_eq!(got.status.as_u16(), expected, "{} {}: {}", endpoint.method, endpoint.path, got.json());
+        let records = fixture.audit().await;
+        assert_eq!(records.len(), before + 1, "{} left exactly one record", endpoint.name);
+        let record = records.last().expect("one");
+        assert_eq!(record.status, Some(expected));
+        assert!(record.finished_at.is_some(), "{record:?}");
+        if expected == 403 {
+            assert_eq!(
+                (record.actor.as_str(), record.decision.as_str()),
+                ("nobody", "deny"),
+                "{}",
+                endpoint.name
+            );
+        }
+    }
+}
+
+fn continue_with_anything(got: &Got) -> u16 {
+    got.status.as_u16()
+}
+
+#[tokio::test]
+async fn no_user_route_takes_a_hosts_certificate() {
+    let fixture = Fixture::new().await;
+    let host = HostId::from_entropy([1; 10]);
+    for endpoint in ENDPOINTS {
+        if matches!(endpoint.action, Action::Public | Action::Enrol | Action::CertificateRenew) {
+            continue;
+        }
+        let request = Request::builder().method(endpoint.method).uri(path_of(endpoint));
+        let request = request.body(Body::from(body_of(endpoint))).expect("a request");
+        let got = fixture.send(request, Peer::Host(host.clone())).await;
+        assert_eq!(got.status.as_u16(), 403, "{} {}: {}", endpoint.method, endpoint.path, got.json());
+    }
+}
+
+#[tokio::test]
+async fn what_is_about_a_thing_is_decided_about_that_thing() {
+    let fixture = Fixture::new().await;
+    for endpoint in ENDPOINTS {
+        let noun = [
+            "{vm}/snapshots/{snapshot}",
+            "{vm}",
+            "{host}",
+            "{segment}",
+            "{image}",
+            "{operation}",
+            "{user}",
+            "{token}",
+        ]
+        .into_iter()
+        .find(|part| endpoint.path.contains(part));
+        let Some(noun) = noun else { continue };
+        let noun = if noun.ends_with("{snapshot}") { "snapshot" } else { noun.trim_matches(['{', '}']) };
+        ask(&fixture, endpoint, Some(&fixture.nobody)).await;
+        let records = fixture.audit().await;
+        let resource = &records.last().expect("one").resource;
+        assert!(resource.starts_with(&format!("{noun}:")), "{} was decided about {resource}", endpoint.name);
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_there_and_what_may_not_be_touched_get_the_same_answer() {
+    let fixture = Fixture::new().await;
+    for (there, absent) in [
+        ("/v1/vms/default%2Fbooks", "/v1/vms/default%2Fghost"),
+        ("/v1/vms/default%2Fbooks/snapshots", "/v1/vms/nowhere%2Fbooks/snapshots"),
+        ("/v1/hosts/host-1", "/v1/hosts/host-9"),
+        ("/v1/images/debian", "/v1/images/windows"),
+        (
+            "/v1/can-i?action=vm.view&resource=default/books",
+            "/v1/can-i?action=vm.view&resource=default/ghost",
+        ),
+        ("/v1/can-i?action=host.view&resource=host-1", "/v1/can-i?action=host.view&resource=host-9"),
+    ] {
+        let mut answers = Vec::new();
+        for path in [there, absent] {
+            let got = fixture.call("GET", path, Some(&fixture.nobody), "").await;
+            let mut json = got.json();
+            if let Some(fields) = json.as_object_mut() {
+                fields.remove("request_id");
+            }
+            answers.push((got.status, json));
+        }
+        assert_eq!(answers[0], answers[1], "{there}");
+    }
+    let body = |image: &str| format!(r#"{{"segment":"default","name":"x","image":"{image}"}}"#);
+    let there = fixture.call("POST", "/v1/vms", Some(&fixture.nobody), &body("debian")).await;
+    let absent = fixture.call("POST", "/v1/vms", Some(&fixture.nobody), &body("windows")).await;
+    assert_eq!(there.problem(), absent.problem());
+}
