@@ -29,6 +29,7 @@ use tokio::sync::watch;
 use crate::cluster::Cluster;
 use handle::Handle;
 
+pub use engine::steps_of;
 pub use request::OperationRequest;
 pub use row::OperationRow;
 

@@ -14,7 +14,7 @@ use super::Begin;
 use super::handle::Handle;
 use super::interfere::Meddling;
 use super::row::OperationRow;
-use super::step::{About, Desk, Plan, Run, Step, StepFn, Workflow};
+use super::step::{About, Desk, Plan, Run, Step, StepFn, StepInfo, Workflow};
 use crate::cluster::Cluster;
 use crate::records::{RecordsError, Row, Transaction};
 use crate::workflow;
@@ -163,6 +163,19 @@ pub(super) fn resume(cluster: &Arc<Cluster>, row: &Row<OperationRow>) -> Result<
         spawn::<W>(cluster, handle, true)
     }
     for_workflow!(row.operation.kind, go_on(cluster, row))
+}
+
+/// The steps of the workflow of a kind.
+pub fn steps_of(kind: OperationKind) -> Vec<StepInfo> {
+    fn list<W: Workflow>() -> Vec<StepInfo> {
+        let info = |step: &Step<W>| StepInfo {
+            name: step.name,
+            has_undo: step.undo.is_some(),
+            no_return: step.no_return,
+        };
+        W::STEPS.iter().map(info).collect()
+    }
+    for_workflow!(kind, list())
 }
 
 fn read_record<W: Workflow>(row: &OperationRow) -> Result<W::Record, Problem> {

@@ -45,7 +45,19 @@ pub struct Step<W: Workflow> {
     pub run: StepFn<W>,
     /// What takes it back; none: there is nothing to take back.
     pub undo: Option<StepFn<W>>,
-    /// Once it is done, there is no way back.
+    /// Once it is done, there is no way back. So it must not fail after the deed: it does that last, and notes in its
+    /// record only what needs no other.
+    pub no_return: bool,
+}
+
+/// What is known of a step without its types: for tests that try all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepInfo {
+    /// Its name.
+    pub name: &'static str,
+    /// Whether something takes it back.
+    pub has_undo: bool,
+    /// Whether there is no way back once it is done.
     pub no_return: bool,
 }
 

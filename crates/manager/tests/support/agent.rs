@@ -1,0 +1,794 @@
+//! Hosts that are not there: agents in this process, which keep the contract of tasks to the letter.
+//!
+//! What a real agent keeps on disk or in a running QEMU is kept in [`Machine`] and survives [`FakeAgent::restart`]; its
+//! tasks and incarnation do not. Two promises are checked at every change: a VM runs on one host at most, and a command
+//! of an older generation is refused.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use berth_api::agent::{
+    AgentReport, MigrationSide, PutTask, Task, TaskOutput, TaskSpec, TaskState, VmReport,
+};
+use berth_api::transport::{Body, BoxFuture, full};
+use berth_api::{Client, Transport, TransportError};
+use berth_manager::agents::AgentConnector;
+use berth_model::host::{Accelerator, Host, Inventory, NetworkMode, PoolReport, QemuAbilities};
+use berth_model::migration::MigrationReport;
+use berth_model::name::Name;
+use berth_model::operation::Progress;
+use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
+use berth_model::vm::{GuestState, VmState};
+use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, ProblemCode, SnapshotId, VmId};
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use tokio::sync::watch;
+
+/// What a task takes at least: long enough to be seen under way.
+const TASK_TAKES: Duration = Duration::from_millis(50);
+
+/// All hosts, by id, and the pools that they see.
+#[derive(Default)]
+pub struct Net {
+    agents: Mutex<HashMap<HostId, Arc<FakeAgent>>>,
+    pub pools: Mutex<BTreeMap<String, Pool>>,
+}
+
+/// A directory.
+#[derive(Default, Clone, Debug, PartialEq)]
+pub struct Pool {
+    pub images: BTreeSet<ImageId>,
+    pub vms: BTreeMap<VmId, Files>,
+}
+
+/// A VM's files.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Files {
+    pub top: LayerId,
+    pub snapshots: BTreeMap<SnapshotId, bool>,
+}
+
+/// What a host has of a VM besides its files.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Machine {
+    pub process: Process,
+    pub guest: GuestState,
+    pub side: Option<MigrationSide>,
+    pub generation: u64,
+    pool_uuid: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Process {
+    None,
+    Running,
+    Paused,
+    /// A migration's target: loaded, perhaps, and not running.
+    Incoming,
+    /// A migration's source after the hand-over.
+    GivenAway,
+}
+
+/// What is to go wrong with a migration, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MoveScript {
+    /// The link is lost after the hand-over: the target never hears of it.
+    LostAtHandOver,
+    /// The same, and the target's process dies.
+    TargetDiesAtHandOver,
+    /// The target runs, and the source never learns of it.
+    LostAfterCommit,
+}
+
+pub struct FakeAgent {
+    pub id: HostId,
+    pool_uuid: String,
+    net: std::sync::Weak<Net>,
+    state: Mutex<State>,
+    news: watch::Sender<u64>,
+    reachable: watch::Sender<bool>,
+    /// Kinds of tasks that are held, and do not end.
+    held: watch::Sender<BTreeSet<&'static str>>,
+    incarnations: AtomicU64,
+}
+
+struct State {
+    incarnation: u64,
+    tasks: HashMap<String, watch::Sender<Task>>,
+    running: HashMap<String, (tokio::task::AbortHandle, watch::Sender<bool>)>,
+    vms: BTreeMap<VmId, Machine>,
+    refusals: HashMap<&'static str, Problem>,
+    script: Option<MoveScript>,
+    guests_are: GuestState,
+}
+
+impl Net {
+    pub fn add(self: &Arc<Self>, id: HostId, pool_uuid: &str) -> Arc<FakeAgent> {
+        let agent = Arc::new(FakeAgent {
+            id: id.clone(),
+            pool_uuid: pool_uuid.to_owned(),
+            net: Arc::downgrade(self),
+            state: Mutex::new(State {
+                incarnation: 1,
+                tasks: HashMap::new(),
+                running: HashMap::new(),
+                vms: BTreeMap::new(),
+                refusals: HashMap::new(),
+                script: None,
+                guests_are: GuestState::Booting,
+            }),
+            news: watch::Sender::new(1),
+            reachable: watch::Sender::new(true),
+            held: watch::Sender::default(),
+            incarnations: AtomicU64::new(1),
+        });
+        self.pools.lock().unwrap().entry(pool_uuid.to_owned()).or_default();
+        self.agents.lock().unwrap().insert(id, Arc::clone(&agent));
+        agent
+    }
+
+    pub fn agent(&self, id: &HostId) -> Arc<FakeAgent> {
+        Arc::clone(&self.agents.lock().unwrap()[id])
+    }
+
+    pub fn agents(&self) -> Vec<Arc<FakeAgent>> {
+        let mut agents: Vec<_> = self.agents.lock().unwrap().values().cloned().collect();
+        agents.sort_by(|a, b| a.id.cmp(&b.id));
+        agents
+    }
+
+    /// Hosts on which a VM's guest runs or is held.
+    pub fn owners(&self, vm: &VmId) -> Vec<HostId> {
+        let live = |agent: &Arc<FakeAgent>| {
+            agent
+                .machine(vm)
+                .is_some_and(|machine| matches!(machine.process, Process::Running | Process::Paused))
+        };
+        self.agents().iter().filter(|agent| live(agent)).map(|agent| agent.id.clone()).collect()
+    }
+
+    fn check_one_owner(&self, vm: &VmId) {
+        let owners = self.owners(vm);
+        assert!(owners.len() <= 1, "{vm} runs on {owners:?}");
+    }
+}
+
+impl AgentConnector for Net {
+    fn connect(&self, host: &Host) -> Client {
+        let agent = self.agents.lock().unwrap().get(&host.id).cloned();
+        Client::new(Arc::new(Wire { agent, address: host.address.clone() }))
+    }
+}
+
+struct Wire {
+    agent: Option<Arc<FakeAgent>>,
+    address: String,
+}
+
+impl Transport for Wire {
+    fn send(&self, request: Request<Body>) -> BoxFuture<'_, Result<Response<Body>, TransportError>> {
+        Box::pin(async move {
+            let address = self.address.clone();
+            let gone = || TransportError::Connect { address: address.clone(), source: "refused".into() };
+            let agent = self.agent.as_ref().ok_or_else(gone)?;
+            let mut reachable = agent.reachable.subscribe();
+            if !*reachable.borrow_and_update() {
+                return Err(gone());
+            }
+            tokio::select! {
+                answer = agent.answer(request) => Ok(answer),
+                _ = reachable.changed() => {
+                    Err(TransportError::Broken { address: address.clone(), source: "cut".into() })
+                }
+            }
+        })
+    }
+
+    fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+impl FakeAgent {
+    // What tests do to it.
+
+    pub fn cut(&self) {
+        self.reachable.send_replace(false);
+    }
+
+    pub fn mend(&self) {
+        self.reachable.send_replace(true);
+    }
+
+    /// The agent dies and comes back: tasks are forgotten half-done, machines go on.
+    pub fn restart(&self) {
+        let mut state = self.lock();
+        for (_, (task, _)) in state.running.drain() {
+            task.abort();
+        }
+        state.tasks.clear();
+        state.incarnation = self.incarnations.fetch_add(1, Ordering::SeqCst) + 1;
+        drop(state);
+        self.reachable.send_replace(false);
+        self.reachable.send_replace(true);
+        self.changed();
+    }
+
+    /// Tasks of this kind are begun and do not end until [`Self::release`].
+    pub fn hold(&self, kind: &'static str) {
+        self.held.send_modify(|held| {
+            held.insert(kind);
+        });
+    }
+
+    pub fn release(&self) {
+        self.held.send_modify(BTreeSet::clear);
+    }
+
+    /// The next task of this kind fails.
+    pub fn refuse(&self, kind: &'static str, problem: Problem) {
+        self.lock().refusals.insert(kind, problem);
+    }
+
+    pub fn script(&self, script: MoveScript) {
+        self.lock().script = Some(script);
+    }
+
+    pub fn set_guests(&self, guest: GuestState) {
+        let mut state = self.lock();
+        state.guests_are = guest;
+        for machine in state.vms.values_mut().filter(|machine| machine.process == Process::Running) {
+            machine.guest = guest;
+        }
+        drop(state);
+        self.changed();
+    }
+
+    /// The VM's QEMU dies.
+    pub fn kill(&self, vm: &VmId) {
+        if let Some(machine) = self.lock().vms.get_mut(vm) {
+            machine.process = Process::None;
+            machine.guest = GuestState::Off;
+        }
+        self.changed();
+    }
+
+    pub fn machine(&self, vm: &VmId) -> Option<Machine> {
+        self.lock().vms.get(vm).cloned()
+    }
+
+    pub fn machines(&self) -> BTreeMap<VmId, Machine> {
+        self.lock().vms.clone()
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.lock().running.is_empty()
+    }
+
+    /// Something that no manager ordered.
+    pub fn plant(&self, vm: &VmId) {
+        let machine = self.new_machine();
+        self.lock().vms.insert(vm.clone(), machine);
+        self.changed();
+    }
+
+    pub fn files(&self, vm: &VmId) -> Option<Files> {
+        self.pool(|pool| pool.vms.get(vm).cloned())
+    }
+
+    // What it answers.
+
+    async fn answer(self: &Arc<Self>, request: Request<Body>) -> Response<Body> {
+        let (parts, body) = request.into_parts();
+        let body = body.collect().await.expect("a body").to_bytes();
+        let path = parts.uri.path().to_owned();
+        let query: HashMap<String, String> =
+            serde_urlencoded::from_str(parts.uri.query().unwrap_or_default()).expect("a query");
+        let wait = Duration::from_millis(query.get("wait_ms").map_or(0, |text| text.parse().unwrap()));
+        let after = query.get("after").map(|text| text.parse::<u64>().unwrap());
+        let segments: Vec<&str> = path.trim_start_matches("/v1/").split('/').collect();
+        match (parts.method.as_str(), segments.as_slice()) {
+            ("GET", ["inventory"]) => reply(Ok(self.inventory())),
+            ("GET", ["report"]) => {
+                let same = query.get("incarnation") == Some(&self.lock().incarnation.to_string());
+                if let (true, Some(after)) = (same, after) {
+                    let mut news = self.news.subscribe();
+                    let _ = tokio::time::timeout(wait, news.wait_for(|now| *now > after)).await;
+                }
+                reply(Ok(self.report()))
+            }
+            ("PUT", ["tasks", id]) => reply(self.put(id, serde_json::from_slice(&body).expect("a task"))),
+            ("GET", ["tasks", id]) => {
+                let Some(mut task) = self.lock().tasks.get(*id).map(watch::Sender::subscribe) else {
+                    return reply::<Task>(Err(Problem::not_found("task", id)));
+                };
+                let newer = task.wait_for(|task| after.is_none_or(|after| task.version > after));
+                let _ = tokio::time::timeout(wait, newer).await;
+                let now = task.borrow().clone();
+                reply(Ok(now))
+            }
+            ("POST", ["tasks", id, "cancel"]) => {
+                let state = self.lock();
+                let Some(task) = state.tasks.get(*id) else {
+                    return reply::<Task>(Err(Problem::not_found("task", id)));
+                };
+                if let Some((_, cancel)) = state.running.get(*id) {
+                    cancel.send_replace(true);
+                }
+                reply(Ok(task.borrow().clone()))
+            }
+            (method, _) => panic!("the fake agent has no {method} {path}"),
+        }
+    }
+
+    fn put(self: &Arc<Self>, id: &str, put: PutTask) -> Result<Task, Problem> {
+        let mut state = self.lock();
+        if let Some(known) = state.tasks.get(id) {
+            return Ok(known.borrow().clone());
+        }
+        if let Some(machine) = put.vm.as_ref().and_then(|vm| state.vms.get_mut(vm)) {
+            if put.generation < machine.generation {
+                let message = format!("{} is older than {}", put.generation, machine.generation);
+                return Err(Problem::new(ProblemCode::WrongState, message));
+            }
+            machine.generation = put.generation;
+        }
+        let progress = Progress { phase: kind_of(&put.spec).to_owned(), ..Progress::default() };
+        let task = Task { id: id.to_owned(), version: 1, state: TaskState::Running { progress } };
+        let sender = watch::Sender::new(task.clone());
+        state.tasks.insert(id.to_owned(), sender.clone());
+        let cancel = watch::Sender::new(false);
+        let (agent, id, heard) = (Arc::clone(self), id.to_owned(), cancel.subscribe());
+        let name = id.clone();
+        let running = tokio::spawn(async move {
+            let result = agent.run(put, heard, &sender).await;
+            agent.changed();
+            agent.lock().running.remove(&id);
+            sender.send_modify(|task| {
+                task.version += 1;
+                task.state = match result {
+                    Ok(output) => TaskState::Succeeded { output },
+                    Err(problem) => TaskState::Failed { problem },
+                };
+            });
+        });
+        state.running.insert(name, (running.abort_handle(), cancel));
+        Ok(task)
+    }
+
+    async fn run(
+        self: &Arc<Self>,
+        put: PutTask,
+        mut cancel: watch::Receiver<bool>,
+        task: &watch::Sender<Task>,
+    ) -> Result<TaskOutput, Problem> {
+        let kind = kind_of(&put.spec);
+        let mut held = self.held.subscribe();
+        tokio::select! {
+            _ = async {
+                tokio::time::sleep(TASK_TAKES).await;
+                let _ = held.wait_for(|held| !held.contains(kind)).await;
+            } => {}
+            _ = cancel.wait_for(|cancelled| *cancelled) => {
+                return Err(Problem::new(ProblemCode::Cancelled, "cancelled"));
+            }
+        }
+        if let Some(problem) = self.lock().refusals.remove(kind) {
+            return Err(problem);
+        }
+        if let TaskSpec::MoveVm { .. } = &put.spec {
+            return self.move_vm(put, cancel, task).await;
+        }
+        let output = self.act(&put)?;
+        if let Some(vm) = &put.vm {
+            self.net().check_one_owner(vm);
+        }
+        Ok(output)
+    }
+
+    fn act(&self, put: &PutTask) -> Result<TaskOutput, Problem> {
+        let done = Ok(TaskOutput::Done);
+        let vm = || put.vm.clone().expect("a task about a VM names it");
+        match &put.spec {
+            TaskSpec::FetchImage { image, pool, from, .. } => {
+                let has = self.net().agent(from).pool(|pool| pool.images.contains(&image.id));
+                if !has {
+                    return Err(Problem::not_found("image", &image.id));
+                }
+                assert_eq!(pool.as_str(), "default");
+                self.pool(|pool| pool.images.insert(image.id.clone()));
+                done
+            }
+            TaskSpec::DeleteImage { image, .. } => {
+                self.pool(|pool| pool.images.remove(image));
+                done
+            }
+            TaskSpec::PrepareVm { definition } => {
+                if !self.pool(|pool| pool.images.contains(&definition.image.id)) {
+                    return Err(Problem::not_found("image", &definition.image.id));
+                }
+                let top = definition.first_layer.clone();
+                self.pool(|pool| {
+                    pool.vms.entry(vm()).or_insert(Files { top, snapshots: BTreeMap::new() });
+                });
+                let machine = self.new_machine();
+                self.lock().vms.entry(vm()).or_insert(machine).generation = put.generation;
+                done
+            }
+            TaskSpec::StartVm { .. } => self.with(&vm(), |machine, guest| {
+                if machine.process == Process::None {
+                    machine.process = Process::Running;
+                    machine.guest = guest;
+                }
+            }),
+            TaskSpec::ShutdownVm { .. } | TaskSpec::StopVm => {
+                if let Some(machine) = self.lock().vms.get_mut(&vm()) {
+                    machine.process = Process::None;
+                    machine.guest = GuestState::Off;
+                }
+                done
+            }
+            TaskSpec::RestartVm => self.with_process(&vm(), |machine, guest| machine.guest = guest),
+            TaskSpec::PauseVm => self.with_process(&vm(), |machine, _| machine.process = Process::Paused),
+            TaskSpec::ResumeVm => self.with_process(&vm(), |machine, _| machine.process = Process::Running),
+            TaskSpec::WaitReady { .. } => done,
+            TaskSpec::DeleteVm { keep_files, .. } => {
+                self.lock().vms.remove(&vm());
+                if !keep_files {
+                    self.pool(|pool| pool.vms.remove(&vm()));
+                }
+                done
+            }
+            TaskSpec::TakeSnapshot { snapshot, new_top } => self.take_snapshot(&vm(), snapshot, new_top),
+            TaskSpec::RestoreSnapshot { snapshot, new_top, .. } => self.restore(&vm(), snapshot, new_top),
+            TaskSpec::DeleteSnapshot { snapshot } => {
+                self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
+                done
+            }
+            TaskSpec::AdmitMigration { migration, .. } => {
+                let machine = Machine {
+                    process: Process::Incoming,
+                    side: Some(MigrationSide::Target { migration: migration.clone(), loaded: false }),
+                    generation: put.generation,
+                    ..self.new_machine()
+                };
+                let mut state = self.lock();
+                let known = state.vms.get(&vm()).is_some_and(|known| is_target_of(known, migration));
+                if !known {
+                    assert!(!state.vms.contains_key(&vm()), "the target has something of the VM already");
+                    state.vms.insert(vm(), machine);
+                }
+                done
+            }
+            TaskSpec::RefuseMigration { shared_pool, .. } => {
+                let mut state = self.lock();
+                match state.vms.get(&vm()).map(|machine| machine.process) {
+                    Some(Process::Running | Process::Paused) => {
+                        return Err(Problem::new(ProblemCode::WrongState, "the guest runs here"));
+                    }
+                    Some(_) => {
+                        state.vms.remove(&vm());
+                        drop(state);
+                        if !shared_pool {
+                            self.pool(|pool| pool.vms.remove(&vm()));
+                        }
+                    }
+                    None => {}
+                }
+                done
+            }
+            TaskSpec::TakeOver { migration } => {
+                let mut state = self.lock();
+                let machine = state.vms.get_mut(&vm());
+                match machine {
+                    Some(machine) if machine.process == Process::Running => done,
+                    Some(machine)
+                        if machine.side
+                            == Some(MigrationSide::Target { migration: migration.clone(), loaded: true })
+                            && machine.process == Process::Incoming =>
+                    {
+                        machine.process = Process::Running;
+                        machine.side = None;
+                        done
+                    }
+                    _ => Err(Problem::new(ProblemCode::WrongState, "nothing is loaded here")),
+                }
+            }
+            TaskSpec::TakeBack { .. } => self.with(&vm(), |machine, _| {
+                if machine.process == Process::GivenAway {
+                    machine.process = Process::Running;
+                    machine.side = None;
+                }
+            }),
+            TaskSpec::MoveVm { .. } => unreachable!("is run by itself"),
+        }
+    }
+
+    fn take_snapshot(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+    ) -> Result<TaskOutput, Problem> {
+        let machine = self.machine(vm).ok_or_else(|| Problem::not_found("vm", vm))?;
+        let has_memory = machine.process != Process::None;
+        self.pool(|pool| {
+            let files = pool.vms.get_mut(vm).expect("a VM has files");
+            if !files.snapshots.contains_key(snapshot) {
+                files.snapshots.insert(snapshot.clone(), has_memory);
+                files.top = new_top.clone();
+            }
+        });
+        let facts = SnapshotFacts { has_memory, paused_us: 8000, total_ms: 50, ..SnapshotFacts::default() };
+        Ok(TaskOutput::Snapshot { facts })
+    }
+
+    fn restore(&self, vm: &VmId, snapshot: &SnapshotId, new_top: &LayerId) -> Result<TaskOutput, Problem> {
+        let has_memory = self
+            .pool(|pool| pool.vms.get(vm).and_then(|files| files.snapshots.get(snapshot).copied()))
+            .ok_or_else(|| Problem::not_found("snapshot", snapshot))?;
+        self.pool(|pool| {
+            if let Some(files) = pool.vms.get_mut(vm) {
+                files.top = new_top.clone();
+            }
+        });
+        self.with(vm, |machine, guest| {
+            machine.process = if has_memory { Process::Running } else { Process::None };
+            machine.guest = if has_memory { guest } else { GuestState::Off };
+        })?;
+        Ok(TaskOutput::Restored { facts: RestoreFacts { running_us: 60_000, undo_us: 0 } })
+    }
+
+    async fn move_vm(
+        &self,
+        put: PutTask,
+        mut cancel: watch::Receiver<bool>,
+        task: &watch::Sender<Task>,
+    ) -> Result<TaskOutput, Problem> {
+        let TaskSpec::MoveVm { migration, target, shared_pool, .. } = put.spec else { unreachable!() };
+        let vm = put.vm.expect("a task about a VM names it");
+        let target = self.net().agent(&target);
+        let report = self.measured(&target);
+        let machine = self.machine(&vm).ok_or_else(|| Problem::not_found("vm", &vm))?;
+        let top = self.files(&vm).map(|files| files.top).expect("a VM has files");
+        if machine.process == Process::GivenAway {
+            let runs = target.machine(&vm).is_some_and(|machine| machine.process == Process::Running);
+            return match runs && *target.reachable.borrow() {
+                true => Ok(TaskOutput::Moved { report, top }),
+                false => Ok(TaskOutput::HandedOver { report, top }),
+            };
+        }
+        if machine.process != Process::Running {
+            return Err(Problem::new(ProblemCode::WrongState, "the guest does not run here"));
+        }
+        self.set_side(&vm, Some(MigrationSide::Source { migration: migration.clone(), handed_over: false }));
+        for round in 1..=3 {
+            let progress = Progress { phase: "warm-up".to_owned(), round, ..Progress::default() };
+            task.send_modify(|task| {
+                task.version += 1;
+                task.state = TaskState::Running { progress };
+            });
+            tokio::select! {
+                () = tokio::time::sleep(TASK_TAKES) => {}
+                _ = cancel.wait_for(|cancelled| *cancelled) => {
+                    self.set_side(&vm, None);
+                    return Err(Problem::new(ProblemCode::Cancelled, "cancelled"));
+                }
+            }
+            let admitted = target.machine(&vm).is_some_and(|machine| is_target_of(&machine, &migration));
+            if !admitted || !*target.reachable.borrow() {
+                self.set_side(&vm, None);
+                return Err(Problem::new(ProblemCode::Unreachable, "the target does not answer"));
+            }
+        }
+        if self.machine(&vm).is_none_or(|machine| machine.process != Process::Running) {
+            self.set_side(&vm, None);
+            return Err(Problem::new(ProblemCode::Hypervisor, "the source's QEMU died"));
+        }
+        Ok(self.switch(&vm, &migration, &target, shared_pool, report, top))
+    }
+
+    fn switch(
+        &self,
+        vm: &VmId,
+        migration: &OperationId,
+        target: &FakeAgent,
+        shared_pool: bool,
+        report: MigrationReport,
+        top: LayerId,
+    ) -> TaskOutput {
+        if !shared_pool {
+            let files = self.files(vm).expect("a VM has files");
+            target.pool(|pool| pool.vms.insert(vm.clone(), files));
+        }
+        target.set_side(vm, Some(MigrationSide::Target { migration: migration.clone(), loaded: true }));
+        let given = Some(MigrationSide::Source { migration: migration.clone(), handed_over: true });
+        if let Some(machine) = self.lock().vms.get_mut(vm) {
+            machine.process = Process::GivenAway;
+            machine.side = given;
+        }
+        let script = self.lock().script.take();
+        match script {
+            Some(MoveScript::LostAtHandOver) => return TaskOutput::HandedOver { report, top },
+            Some(MoveScript::TargetDiesAtHandOver) => {
+                target.kill(vm);
+                return TaskOutput::HandedOver { report, top };
+            }
+            Some(MoveScript::LostAfterCommit) | None => {}
+        }
+        let guest = self.lock().guests_are;
+        if let Some(machine) = target.lock().vms.get_mut(vm) {
+            machine.process = Process::Running;
+            machine.guest = guest;
+            machine.side = None;
+        }
+        target.changed();
+        self.net().check_one_owner(vm);
+        match script {
+            Some(_) => TaskOutput::HandedOver { report, top },
+            None => TaskOutput::Moved { report, top },
+        }
+    }
+
+    fn measured(&self, target: &FakeAgent) -> MigrationReport {
+        MigrationReport {
+            source: self.id.clone(),
+            target: target.id.clone(),
+            phases: Vec::new(),
+            total_ms: 270,
+            blackout_us: 9000,
+            memory_bytes: 1 << 20,
+            storage_bytes: 0,
+            rounds: 3,
+            clock_offset_us: 0,
+        }
+    }
+
+    fn set_side(&self, vm: &VmId, side: Option<MigrationSide>) {
+        if let Some(machine) = self.lock().vms.get_mut(vm) {
+            machine.side = side;
+        }
+        self.changed();
+    }
+
+    fn with(&self, vm: &VmId, change: impl FnOnce(&mut Machine, GuestState)) -> Result<TaskOutput, Problem> {
+        let mut state = self.lock();
+        let guest = state.guests_are;
+        match state.vms.get_mut(vm) {
+            Some(machine) => {
+                change(machine, guest);
+                Ok(TaskOutput::Done)
+            }
+            None => Err(Problem::not_found("vm", vm)),
+        }
+    }
+
+    fn with_process(
+        &self,
+        vm: &VmId,
+        change: impl FnOnce(&mut Machine, GuestState),
+    ) -> Result<TaskOutput, Problem> {
+        if self.machine(vm).is_none_or(|machine| machine.process == Process::None) {
+            return Err(Problem::new(ProblemCode::WrongState, "there is no process"));
+        }
+        self.with(vm, change)
+    }
+
+    fn new_machine(&self) -> Machine {
+        Machine {
+            process: Process::None,
+            guest: GuestState::Off,
+            side: None,
+            generation: 0,
+            pool_uuid: self.pool_uuid.clone(),
+        }
+    }
+
+    fn report(&self) -> AgentReport {
+        let generation = *self.news.borrow();
+        let state = self.lock();
+        let vms = state.vms.iter().map(|(vm, machine)| VmReport {
+            vm: vm.clone(),
+            generation: machine.generation,
+            state: match machine.process {
+                Process::None => VmState::Stopped,
+                Process::Running => VmState::Running,
+                Process::Paused | Process::GivenAway => VmState::Paused,
+                Process::Incoming => VmState::Starting,
+            },
+            guest: machine.guest,
+            migration: machine.side.clone(),
+            top: self.pool(|pool| pool.vms.get(vm).map(|files| files.top.clone())),
+            forwards: Vec::new(),
+            trouble: None,
+        });
+        let vms = vms.collect();
+        AgentReport { incarnation: state.incarnation.to_string(), generation, vms }
+    }
+
+    fn inventory(&self) -> Inventory {
+        Inventory {
+            hostname: self.id.to_string(),
+            cpus: 2,
+            memory_mib: 4096,
+            memory_available_mib: 4096,
+            accelerator: Accelerator::Tcg,
+            accelerator_note: None,
+            qemu: QemuAbilities {
+                version: "10.0.2".to_owned(),
+                machine_types: vec!["pc-q35-10.0".to_owned(), "pc-q35-7.2".to_owned()],
+                cpu_models: vec!["qemu64".to_owned()],
+                migration_capabilities: Vec::new(),
+            },
+            pools: vec![PoolReport {
+                name: default_pool(),
+                pool_uuid: self.pool_uuid.clone(),
+                size_bytes: 100 << 30,
+                free_bytes: 90 << 30,
+            }],
+            network: NetworkMode::User,
+            isolated_users: false,
+            agent_version: "0".to_owned(),
+        }
+    }
+
+    fn pool<R>(&self, look: impl FnOnce(&mut Pool) -> R) -> R {
+        let net = self.net();
+        let mut pools = net.pools.lock().unwrap();
+        look(pools.get_mut(&self.pool_uuid).expect("a host's pool"))
+    }
+
+    fn changed(&self) {
+        self.news.send_modify(|generation| *generation += 1);
+    }
+
+    fn net(&self) -> Arc<Net> {
+        self.net.upgrade().expect("the net outlives its agents")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+}
+
+pub fn default_pool() -> Name {
+    "default".parse().unwrap()
+}
+
+fn is_target_of(machine: &Machine, wanted: &OperationId) -> bool {
+    matches!(&machine.side, Some(MigrationSide::Target { migration, .. }) if migration == wanted)
+}
+
+fn reply<T: serde::Serialize>(result: Result<T, Problem>) -> Response<Body> {
+    let (status, json) = match result {
+        Ok(value) => (200, serde_json::to_vec(&value).unwrap()),
+        Err(problem) => (problem.code.http_status(), serde_json::to_vec(&problem).unwrap()),
+    };
+    Response::builder().status(status).body(full(json)).unwrap()
+}
+
+fn kind_of(spec: &TaskSpec) -> &'static str {
+    match spec {
+        TaskSpec::FetchImage { .. } => "fetch-image",
+        TaskSpec::DeleteImage { .. } => "delete-image",
+        TaskSpec::PrepareVm { .. } => "prepare",
+        TaskSpec::StartVm { .. } => "start",
+        TaskSpec::ShutdownVm { .. } => "shutdown",
+        TaskSpec::StopVm => "stop",
+        TaskSpec::RestartVm => "restart",
+        TaskSpec::PauseVm => "pause",
+        TaskSpec::ResumeVm => "resume",
+        TaskSpec::WaitReady { .. } => "wait-ready",
+        TaskSpec::DeleteVm { .. } => "delete",
+        TaskSpec::TakeSnapshot { .. } => "snapshot",
+        TaskSpec::RestoreSnapshot { .. } => "restore",
+        TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
+        TaskSpec::AdmitMigration { .. } => "admit",
+        TaskSpec::RefuseMigration { .. } => "refuse",
+        TaskSpec::TakeOver { .. } => "take-over",
+        TaskSpec::MoveVm { .. } => "move",
+        TaskSpec::TakeBack { .. } => "take-back",
+    }
+}

@@ -1,0 +1,23 @@
+//! What the manager promises of its operations, whatever breaks and when.
+//!
+//! One program for all of it, since linking takes longer than running: `faults` fails and repeats every step of every
+//! workflow, `death` kills the manager after every write, `story` goes through what people do, `migration` through
+//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves.
+
+#[path = "support/agent.rs"]
+mod agent;
+#[path = "support/scenario.rs"]
+mod scenario;
+#[path = "support/world.rs"]
+mod world;
+
+#[path = "workflow/death.rs"]
+mod death;
+#[path = "workflow/faults.rs"]
+mod faults;
+#[path = "workflow/hosts.rs"]
+mod hosts;
+#[path = "workflow/migration.rs"]
+mod migration;
+#[path = "workflow/story.rs"]
+mod story;
