@@ -96,16 +96,11 @@ pub fn text(failure: &Failure, format: Format) -> Option<String> {
         return Some(serde_json::to_string(problem).expect("a problem is plain data"));
     }
     let mut text = format!("error: {}", plain(&problem.message));
-    let mut line = |name: &str, value: &Option<String>| {
-        if let Some(value) = value.as_ref().filter(|value| !problem.message.contains(value.as_str())) {
-            let _ = write!(text, "\n  {name}: {}", plain(value));
-        }
-    };
-    line("field", &problem.field);
-    line("value", &problem.value);
-    line("expected", &problem.expected);
-    if problem.code == ProblemCode::Internal {
-        line("request", &problem.request_id);
+    if let Some(detail) = detail(problem) {
+        let _ = write!(text, "\n  {}", plain(&detail));
+    }
+    if let (ProblemCode::Internal, Some(request)) = (problem.code, &problem.request_id) {
+        let _ = write!(text, "\n  request {}", plain(request));
     }
     let hint = match failure {
         Failure::Operation { operation, .. } => Some(format!("see 'berth operation show {operation}'")),
@@ -116,6 +111,17 @@ pub fn text(failure: &Failure, format: Format) -> Option<String> {
         let _ = write!(text, "\n  {hint}");
     }
     Some(text)
+}
+
+/// Field, value and expectation, where the sentence doesn't say them already.
+fn detail(problem: &Problem) -> Option<String> {
+    let expected = problem.expected.as_ref()?;
+    if problem.code == ProblemCode::NotFound || problem.message.contains(expected.as_str()) {
+        return None;
+    }
+    let field = problem.field.as_deref().unwrap_or("it");
+    let value = problem.value.as_ref().map(|value| format!("is '{value}': ")).unwrap_or_default();
+    Some(format!("{field} {value}expected {expected}"))
 }
 
 /// What to do about it, where the message can't know.
@@ -213,7 +219,7 @@ mod tests {
         let said = text(&busy.into(), Format::Table).expect("a problem");
         assert_eq!(
             said,
-            "error: it did not work\n  field: vm\n  value: default/books\n  expected: no operation on it\n  \
+            "error: it did not work\n  vm is 'default/books': expected no operation on it\n  \
              'berth operation list --active' shows what is going on; wait for it, or cancel it"
         );
     }

@@ -5,7 +5,7 @@ mod import;
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{ImageDelete, ImageList, ImagePath, ImageShow, PageQuery};
 use berth_model::access::Action;
-use berth_model::image::Image;
+use berth_model::image::{Image, PartRole};
 use clap::Subcommand;
 
 use crate::arguments::{ChangeArguments, ListArguments};
@@ -75,7 +75,7 @@ fn size_bytes(image: &Image) -> u64 {
 fn table(images: &[Image]) -> Table {
     Table::of(&["NAME", "STATE", "PARTS", "SIZE", "DISK", "MADE"], images, |image| {
         let parts: Vec<&str> = image.parts.iter().map(|part| part.role.as_str()).collect();
-        let disk = image.parts.iter().find_map(|part| part.virtual_size_bytes);
+        let disk = image.part(PartRole::Disk).and_then(|part| part.virtual_size_bytes);
         [
             image.name.to_string(),
             word(&image.state),

@@ -51,7 +51,8 @@ pub async fn carry_through(
     let OperationRef { operation, summary, .. } = reply;
     let Some(operation) = operation else {
         // Only tried, or there was nothing to do.
-        session.output.done(&Tried::new(&summary), || summary.clone())?;
+        let would = if change.dry_run { "would " } else { "" };
+        session.output.done(&Tried::new(&summary), || format!("{would}{summary}"))?;
         return Ok(None);
     };
     if !change.wait() {

@@ -190,6 +190,7 @@ impl Directory {
     /// When there is something else in it, it is somebody else's, or another `up` or `down` is at work on it.
     pub fn open_or_make(path: &Path) -> Result<Self, Failure> {
         let made_it = !path.exists();
+        check_reachable(path)?;
         if made_it {
             make(path)?;
         } else if !path.join(RECORD).exists() && !is_empty(path)? {
@@ -386,10 +387,11 @@ fn check_owner(path: &Path) -> Result<(), Failure> {
             other => other.map_err(unusable)?,
         };
         if metadata.uid() != me || metadata.mode() & 0o022 != 0 || metadata.is_symlink() {
-            return Err(Failure::field("dir", path.display(), "your own, and that nobody else can write in"));
+            let expected = "a directory of your own that nobody else can write in";
+            return Err(Failure::field("dir", path.display(), expected));
         }
     }
-    check_reachable(path)
+    Ok(())
 }
 
 /// As root each VM's QEMU is a user of its own, who must be able to get to its disk.

@@ -5,13 +5,14 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use berth_agent::AgentConfig;
 use berth_agent::config::{NetworkConfig, PoolConfig, USER_ID_BASE};
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{CreateJoinToken, HostDelete, HostList, HostPath, JoinTokenCreate, PageQuery};
+use berth_model::Timestamp;
 use berth_model::host::{Host, HostState, NetworkMode};
 use berth_model::name::Name;
 
@@ -34,6 +35,7 @@ const JOIN_TOKEN_S: u64 = 300;
 /// # Errors
 /// When one is not, with the end of its log.
 pub async fn bring_up(directory: &Directory, record: &mut Record, session: &Session) -> Result<(), Failure> {
+    let begun = now();
     choose_addresses(record)?;
     directory.save(record)?;
     make_pools(directory, record)?;
@@ -53,7 +55,12 @@ pub async fn bring_up(directory: &Directory, record: &mut Record, session: &Sess
         let namespace = (record.mode == Mode::Root).then(|| network::namespace(record, name));
         process::start(directory, name, &["agent", "run", "--config", path], namespace.as_deref())?;
     }
-    wait_until_online(directory, record, session).await
+    wait_until_online(directory, record, session, begun).await
+}
+
+fn now() -> Timestamp {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp::from_millis(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn choose_addresses(record: &mut Record) -> Result<()> {
@@ -149,13 +156,20 @@ async fn hosts(session: &Session) -> Result<Vec<Host>, Failure> {
     session.pages::<HostList, _>(&Nothing {}, None, query).await
 }
 
-async fn wait_until_online(directory: &Directory, record: &Record, session: &Session) -> Result<(), Failure> {
+/// Waits until each host was heard since `begun`: that one was online before says nothing.
+async fn wait_until_online(
+    directory: &Directory,
+    record: &Record,
+    session: &Session,
+    begun: Timestamp,
+) -> Result<(), Failure> {
     let deadline = Instant::now() + ONLINE_TIMEOUT;
     loop {
         let online: HashSet<Name> = hosts(session)
             .await?
             .into_iter()
             .filter(|host| host.state == HostState::Online && host.inventory.is_some())
+            .filter(|host| host.last_seen_at.is_some_and(|seen| seen >= begun))
             .map(|host| host.name)
             .collect();
         let Some(missing) = record.hosts.iter().find(|host| !online.contains(&host.name)) else {
