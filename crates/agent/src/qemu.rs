@@ -176,7 +176,7 @@ impl Machine<'_> {
         words.pair("-device", format!("isa-serial,id=console0,chardev={}", Socket::Console.device()));
         words.pair("-object", "rng-builtin,id=rng0");
         words.pair("-device", format!("virtio-rng-pci,id=random0,rng=rng0,{}", self.slot(0x6)));
-        words.pair("-device", "pvpanic,id=panic0");
+        words.pair("-device", format!("pvpanic-pci,id=panic0,{}", self.slot(0x7)));
     }
 
     fn network(&self, words: &mut Words) {

@@ -172,9 +172,10 @@ impl TaskRegistry {
 
     /// Writes down how a task ended, and forgets the oldest of those that ended when there are too many.
     pub fn finish(&self, context: &TaskContext, result: Result<TaskOutput, Problem>) {
-        context.finish(result);
         let mut tasks = self.lock();
         tasks.finished.push_back(context.id());
+        // While the registry is held: who sees the end of a task must not find it counted as running.
+        context.finish(result);
         if tasks.finished.len() > FINISHED_MAX
             && let Some(oldest) = tasks.finished.pop_front()
         {

@@ -13,13 +13,17 @@ use berth_qmp::guest_agent::{GuestAgent, ShutdownMode};
 use super::process::{self, hypervisor_problem};
 use super::{LaunchPlan, VmRuntime, files, sensor};
 use crate::durable::{blocking, remove_tree};
-use crate::launcher::Socket;
+use crate::launcher::{Process, Socket};
 use crate::layout::VmRecord;
 use crate::services::Services;
 use crate::task::TaskContext;
 
 /// How long a guest agent may take to take in that it is to power its guest down.
 const GUEST_AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// After how long a guest is asked to power down again. Shorter: one that is at it is bothered. Longer: one that did not
+/// hear keeps whoever waits for it waiting.
+const PRESS_AGAIN: Duration = Duration::from_secs(5);
 
 /// Refuses a command that is older than one that was heard, and writes down one that is newer.
 ///
@@ -105,14 +109,15 @@ pub(super) async fn shutdown(
     if vm.status().state() == VmState::Paused {
         return Err(vm.wrong_state("a running VM: one that is held can't power itself down"));
     }
-    task.phase("asking the guest to power down");
-    ask_to_power_down(vm).await?;
     task.phase("waiting for the guest to power down");
     let timeout = Duration::from_millis(timeout_ms);
-    let waiting = tokio::time::timeout(timeout, running.exited());
-    if task.unless_cancelled(waiting).await?.is_err() {
-        let message = format!("{} did not power down within {timeout_ms} ms of being asked to", vm.id());
-        return Err(Problem::new(ProblemCode::Guest, message));
+    let waiting = tokio::time::timeout(timeout, press_until_off(vm, &running));
+    match task.unless_cancelled(waiting).await? {
+        Ok(pressed) => pressed?,
+        Err(_) => {
+            let message = format!("{} did not power down within {timeout_ms} ms of being asked to", vm.id());
+            return Err(Problem::new(ProblemCode::Guest, message));
+        }
     }
     vm.end_process().await?;
     Ok(TaskOutput::Done)
@@ -217,6 +222,20 @@ async fn run_guest(vm: &mut VmRuntime) -> Result<(), Problem> {
     }
     vm.guest_runs(true);
     Ok(())
+}
+
+/// Asks until the process has gone: a guest that is still booting does not hear the first time.
+async fn press_until_off(vm: &VmRuntime, running: &Process) -> Result<(), Problem> {
+    loop {
+        match ask_to_power_down(vm).await {
+            // It may have ended between the last look and this.
+            Err(problem) if !running.has_exited() => return Err(problem),
+            _ => {}
+        }
+        if tokio::time::timeout(PRESS_AGAIN, running.exited()).await.is_ok() {
+            return Ok(());
+        }
+    }
 }
 
 async fn ask_to_power_down(vm: &VmRuntime) -> Result<(), Problem> {

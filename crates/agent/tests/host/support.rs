@@ -23,9 +23,11 @@ use berth_api::serve::Caller;
 use berth_api::transport::{BoxFuture, Transport, TransportError};
 use berth_api::{Client, ClientError};
 use berth_model::image::{Image, ImagePart, ImageState, PartFormat, PartRole};
-use berth_model::vm::VmSpec;
+use berth_model::vm::{Nic, VmSpec};
 use berth_model::{HostId, ImageId, LayerId, Problem, Timestamp, VmId};
+use guest_probe::image::GuestImage;
 use http::{Request, Response};
+use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
 use tower::ServiceExt;
 
@@ -36,6 +38,7 @@ pub struct Host {
     pub id: HostId,
     pub root: tempfile::TempDir,
     pub agent: Option<Arc<Agent>>,
+    pub network: NetworkConfig,
 }
 
 /// Calls an agent's routes without a network, as a caller of one's choice.
@@ -55,9 +58,7 @@ impl Transport for InProcess {
         let router = self.router.clone();
         Box::pin(async move {
             let response = router.oneshot(request).await.expect("routers don't fail");
-            Ok(response
-                .map(|body| http_body_util::BodyExt::map_err(body, Into::into))
-                .map(|body| http_body_util::BodyExt::boxed_unsync(body)))
+            Ok(response.map(|body| body.map_err(Into::into).boxed_unsync()))
         })
     }
 
@@ -92,18 +93,27 @@ pub fn config(root: &Path) -> AgentConfig {
     }
 }
 
+/// A directory that QEMUs of other users can get to.
+pub fn directory() -> tempfile::TempDir {
+    let root = tempfile::Builder::new().prefix("berth-agent-").tempdir().expect("directory");
+    std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o711)).expect("open");
+    std::fs::create_dir(root.path().join("pool")).expect("pool");
+    root
+}
+
 impl Host {
     pub async fn start() -> Self {
-        let root = tempfile::Builder::new().prefix("berth-agent-").tempdir().expect("directory");
-        std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o711)).expect("open");
-        std::fs::create_dir(root.path().join("pool")).expect("pool");
-        let mut host = Self { id: HostId::from_entropy([9; 10]), root, agent: None };
+        Self::start_with(directory(), NetworkConfig::default()).await
+    }
+
+    pub async fn start_with(root: tempfile::TempDir, network: NetworkConfig) -> Self {
+        let mut host = Self { id: HostId::from_entropy([9; 10]), root, agent: None, network };
         host.start_agent().await;
         host
     }
 
     pub async fn start_agent(&mut self) {
-        let config = config(self.root.path());
+        let config = AgentConfig { network: self.network.clone(), ..config(self.root.path()) };
         self.agent = Some(start_agent(self.id.clone(), config).await.expect("agent"));
     }
 
@@ -209,6 +219,31 @@ impl Host {
         let definition = definition(number, &[(PartRole::Disk, PartFormat::Raw, bytes.clone())]);
         let sha256 = sha256(&bytes);
         self.upload(&definition.image.id, PartRole::Disk, "raw", bytes, sha256).await.expect("uploaded");
+        definition
+    }
+
+    /// A VM that runs the test guest, prepared.
+    pub async fn guest(&self, number: u8, nics: Vec<Nic>) -> VmDefinition {
+        let image = GuestImage::locate().unwrap_or_else(|error| panic!("{error}"));
+        let read = |path: &Path| std::fs::read(path).expect("the test guest's files");
+        let (kernel, initrd) = (read(&image.kernel), read(&image.initrd));
+        let mut definition = definition(
+            number,
+            &[
+                (PartRole::Kernel, PartFormat::Raw, kernel.clone()),
+                (PartRole::Initrd, PartFormat::Raw, initrd.clone()),
+            ],
+        );
+        definition.image.kernel_command_line = image.cmdline.clone();
+        definition.spec.memory_mib = 256;
+        definition.spec.cpu_model = "max".into();
+        definition.spec.nics = nics;
+        for (role, bytes) in [(PartRole::Kernel, kernel), (PartRole::Initrd, initrd)] {
+            let sha256 = sha256(&bytes);
+            self.upload(&definition.image.id, role, "raw", bytes, sha256).await.expect("uploaded");
+        }
+        let prepare = TaskSpec::PrepareVm { definition: Box::new(definition.clone()) };
+        self.task(&definition.id, prepare).await.expect("prepared");
         definition
     }
 
