@@ -21,3 +21,5 @@ mod hosts;
 mod migration;
 #[path = "workflow/story.rs"]
 mod story;
+#[path = "workflow/trouble.rs"]
+mod trouble;

@@ -792,3 +792,25 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::TakeBack { .. } => "take-back",
     }
 }
+
+/// Every kind of task that a manager gives.
+pub const KINDS: &[&str] = &[
+    "fetch-image",
+    "delete-image",
+    "prepare",
+    "start",
+    "shutdown",
+    "stop",
+    "restart",
+    "pause",
+    "resume",
+    "delete",
+    "snapshot",
+    "restore",
+    "delete-snapshot",
+    "admit",
+    "refuse",
+    "take-over",
+    "move",
+    "take-back",
+];

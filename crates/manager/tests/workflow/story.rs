@@ -1,1 +1,423 @@
-//! To come.
+//! What people do, and what they are told when it can't be.
+
+use berth_api::manager::{CreateVm, NewNic, RestoreVm};
+use berth_manager::cluster::{Cluster, Settings};
+use berth_manager::operations::{Begin, Filter, OperationRequest};
+use berth_model::operation::{OperationKind, OperationResult, OperationState};
+use berth_model::snapshot::SnapshotKind;
+use berth_model::vm::{GuestState, Vm, VmState};
+use berth_model::{ImageId, Problem, ProblemCode, VmId};
+
+use crate::agent::Process;
+use crate::faults::settle;
+use crate::scenario::{snapshot, take};
+use crate::world::{Pools, World, begin, create, done, over, quiet, running_vm, until, vm, whole, wish};
+
+fn restore(vm: &VmId, snapshot: Option<&str>, no_undo: bool) -> OperationRequest {
+    let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo };
+    OperationRequest::SnapshotRestore { vm: vm.clone(), wish }
+}
+
+fn ask(wish: CreateVm) -> OperationRequest {
+    OperationRequest::VmCreate { wish: Box::new(wish) }
+}
+
+async fn refused(cluster: &Cluster, request: OperationRequest) -> Problem {
+    begin(cluster, request).await.expect_err("a refusal")
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_changes_to_one_vm_at_once_and_the_second_is_told_which_was_first() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    let all = || [take(&id, "one"), OperationRequest::VmStop { vm: id.clone() }, restore(&id, None, false)];
+    let (one, two) = tokio::join!(begin(&cluster, take(&id, "one")), begin(&cluster, take(&id, "two")));
+    let (first, problem) = match (one, two) {
+        (Ok(first), Err(problem)) | (Err(problem), Ok(first)) => (first.operation.expect("begun"), problem),
+        both => panic!("{both:?}"),
+    };
+    for problem in [problem, refused(&cluster, all()[1].clone()).await] {
+        assert_eq!(problem.code, ProblemCode::Busy);
+        let expected = format!(
+            "default/books is being changed by snapshot.create {}: wait for it or cancel it",
+            first.id
+        );
+        assert_eq!(problem.message, expected);
+        assert_eq!(problem.value.as_deref(), Some(first.id.as_str()));
+    }
+    assert_eq!(over(&cluster, &first.id).await.state, OperationState::Succeeded);
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_changes_at_once_are_done_one_a_vm() {
+    let world = World::new(Pools::Shared).await;
+    let cluster = world.manager_with_hosts().await;
+    let mut vms = Vec::new();
+    for number in 0..8 {
+        let operation =
+            done(&cluster, ask(CreateVm { memory_mib: Some(64), ..wish(&format!("vm-{number}")) })).await;
+        vms.push(operation.vm.expect("a VM"));
+    }
+    let mut begun = Vec::new();
+    for round in 0..12 {
+        for id in &vms {
+            begun.push(begin(&cluster, take(id, &format!("snap-{round}"))));
+        }
+    }
+    let results = futures_util::future::join_all(begun).await;
+    let (granted, busy): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    assert_eq!(granted.len(), vms.len(), "one a VM");
+    assert!(busy.iter().all(|one| one.as_ref().is_err_and(|problem| problem.code == ProblemCode::Busy)));
+    quiet(&cluster).await;
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_vms_of_one_name_at_once_and_there_is_one() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let (one, two) = tokio::join!(begin(&cluster, create("books")), begin(&cluster, create("books")));
+    let problem = one.and(two).expect_err("one is refused");
+    assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::AlreadyExists, Some("name")));
+    quiet(&cluster).await;
+    assert_eq!(cluster.records.list::<Vm>().len(), 1);
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_is_broken_and_brought_back_and_that_can_be_taken_back() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    world.agent(0).set_guests(GuestState::Ready);
+    until(&cluster, "the baseline is there", |cluster| vm(cluster, &id).status.baseline.is_some()).await;
+    quiet(&cluster).await;
+    snapshot(&cluster, &id, "tuesday").await;
+    world.agent(0).set_guests(GuestState::Panicked);
+    until(&cluster, "the panic is seen", |cluster| vm(cluster, &id).status.guest == GuestState::Panicked)
+        .await;
+
+    let operation = done(&cluster, restore(&id, None, false)).await;
+    let Some(OperationResult::Restore { snapshot: to, undo, facts }) = operation.result else {
+        panic!("{operation:?}")
+    };
+    assert_eq!((facts.running_us, facts.undo_us), (60_000, 50_000));
+    assert_eq!(Some(&to), vm(&cluster, &id).status.baseline.as_ref());
+    assert_eq!(vm(&cluster, &id).status.at_snapshot, Some(to));
+    let undo = undo.expect("an undo snapshot, of a panicked guest, too");
+    let kept = cluster.records.find_snapshot(&id, undo.as_str()).expect("kept");
+    assert_eq!(kept.kind, SnapshotKind::Undo);
+    assert_eq!(kept.expires_at.expect("a time").millis_since(kept.created_at), 24 * 3600 * 1000);
+
+    // Back to where it was before, without another undo snapshot.
+    done(&cluster, restore(&id, Some(undo.as_str()), true)).await;
+    assert_eq!(vm(&cluster, &id).status.at_snapshot, Some(undo));
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restore_that_fails_leaves_the_vm_as_it_was_and_no_undo_snapshot() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    snapshot(&cluster, &id, "first").await;
+    let before = world.digest(&cluster);
+    for kind in ["snapshot", "restore"] {
+        world.agent(0).refuse(kind, Problem::new(ProblemCode::NoSpace, "the pool is full"));
+        let operation = whole(&cluster, restore(&id, Some("first"), false)).await;
+        assert_eq!(operation.state, OperationState::Failed);
+        assert_eq!(operation.problem.expect("a reason").code, ProblemCode::NoSpace);
+        settle(&world, &cluster).await;
+        world.check_whole(&cluster).await;
+        assert_eq!(world.digest(&cluster), before, "{kind}");
+        let trouble = vm(&cluster, &id).status.trouble.expect("it is said");
+        assert!(trouble.starts_with("snapshot.restore failed: "), "{trouble}");
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn deleting_a_snapshot_hangs_its_children_on_its_parent() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    let first = snapshot(&cluster, &id, "first").await;
+    let second = snapshot(&cluster, &id, "second").await;
+    snapshot(&cluster, &id, "third").await;
+    done(&cluster, OperationRequest::SnapshotDelete { vm: id.clone(), snapshot: second }).await;
+    let third = cluster.records.find_snapshot(&id, "third").expect("it is still there");
+    assert_eq!(third.parent, Some(first));
+    done(&cluster, restore(&id, Some("third"), true)).await;
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_protected_pinned_or_running_is_not_deleted() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let operation = done(&cluster, ask(CreateVm { protected: true, ..wish("books") })).await;
+    let id = operation.vm.expect("a VM");
+    let delete = |force| OperationRequest::VmDelete { vm: id.clone(), force };
+    assert_eq!(refused(&cluster, delete(true)).await.code, ProblemCode::Protected);
+    cluster
+        .records
+        .update::<Vm, Problem>(id.as_str(), |vm| {
+            vm.spec.protected = false;
+            Ok(())
+        })
+        .await
+        .expect("a change");
+    assert_eq!(refused(&cluster, delete(false)).await.code, ProblemCode::WrongState);
+    let request = OperationRequest::SnapshotCreate {
+        vm: id.clone(),
+        kind: SnapshotKind::Baseline,
+        name: None,
+        note: String::new(),
+    };
+    done(&cluster, request).await;
+    let baseline = vm(&cluster, &id).status.baseline.expect("a baseline");
+    let request = OperationRequest::SnapshotDelete { vm: id.clone(), snapshot: baseline };
+    let problem = refused(&cluster, request).await;
+    assert_eq!(problem.code, ProblemCode::Protected);
+    assert!(problem.message.contains("is the baseline of default/books"), "{problem}");
+    let request = OperationRequest::ImageDelete { image: world.image.clone() };
+    let problem = refused(&cluster, request).await;
+    assert_eq!(problem.code, ProblemCode::Protected);
+    assert!(problem.message.contains("default/books"), "{problem}");
+    done(&cluster, delete(true)).await;
+    let request = OperationRequest::ImageDelete { image: world.image.clone() };
+    done(&cluster, request).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wish_that_can_not_be_granted_names_the_field_and_leaves_nothing() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let before = world.digest(&cluster);
+    let nic = |nic: NewNic| CreateVm { nics: Some(vec![nic]), ..wish("books") };
+    let cases = [
+        (CreateVm { memory_mib: Some(0), ..wish("books") }, ProblemCode::InvalidInput, "memory_mib"),
+        (CreateVm { memory_mib: Some(u64::MAX), ..wish("books") }, ProblemCode::InvalidInput, "memory_mib"),
+        (CreateVm { memory_mib: Some(8192), ..wish("books") }, ProblemCode::InvalidInput, "memory_mib"),
+        (CreateVm { vcpus: Some(0), ..wish("books") }, ProblemCode::InvalidInput, "vcpus"),
+        (CreateVm { disk_mib: Some(0), ..wish("books") }, ProblemCode::InvalidInput, "disk_mib"),
+        (CreateVm { disk_mib: Some(511), ..wish("books") }, ProblemCode::InvalidInput, "disk_mib"),
+        (CreateVm { disk_mib: Some(u64::MAX), ..wish("books") }, ProblemCode::InvalidInput, "disk_mib"),
+        (CreateVm { segment: "nowhere".into(), ..wish("books") }, ProblemCode::NotFound, "segment"),
+        (CreateVm { image: "nothing".into(), ..wish("books") }, ProblemCode::NotFound, "image"),
+        (CreateVm { host: Some("nobody".into()), ..wish("books") }, ProblemCode::NotFound, "host"),
+        (
+            CreateVm { pool: Some("other".parse().unwrap()), ..wish("books") },
+            ProblemCode::InvalidInput,
+            "pool",
+        ),
+        (CreateVm { cpu_model: Some("z80".into()), ..wish("books") }, ProblemCode::InvalidInput, "cpu_model"),
+        (
+            CreateVm { machine_type: Some("pc-q35-99".into()), ..wish("books") },
+            ProblemCode::InvalidInput,
+            "machine_type",
+        ),
+        (
+            CreateVm { user_data: Some("hello".into()), ..wish("books") },
+            ProblemCode::InvalidInput,
+            "user_data",
+        ),
+        (
+            nic(NewNic { mac: Some("nonsense".into()), ..NewNic::default() }),
+            ProblemCode::InvalidInput,
+            "nics.0.mac",
+        ),
+        (
+            nic(NewNic { address: Some("198.18.5.300/24".into()), ..NewNic::default() }),
+            ProblemCode::InvalidInput,
+            "nics.0.address",
+        ),
+        (
+            CreateVm { nics: Some(vec![NewNic::default(); 9]), ..wish("books") },
+            ProblemCode::InvalidInput,
+            "nics",
+        ),
+    ];
+    for (wish, code, field) in cases {
+        let problem = refused(&cluster, ask(wish.clone())).await;
+        assert_eq!(problem.code, code, "{wish:?}: {problem:?}");
+        assert_eq!(problem.field.as_deref(), Some(field), "{problem:?}");
+        assert!(problem.value.is_some() && problem.expected.is_some(), "{problem:?}");
+        let tried = Begin { actor: "tester".into(), request: ask(wish), if_match: None };
+        assert_eq!(cluster.operations.dry_run(tried).await.expect_err("a refusal"), problem);
+    }
+    assert_eq!(world.digest(&cluster), before);
+    assert!(cluster.operations.list(&Filter::default()).is_empty());
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn trying_alone_says_what_would_be_and_changes_nothing() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let before = cluster.records.store().revision().await.expect("a revision");
+    let tried = Begin { actor: "tester".into(), request: create("books"), if_match: None };
+    let would = cluster.operations.dry_run(tried).await.expect("it could be");
+    assert!(would.operation.is_none());
+    assert_eq!(would.summary, "create default/books on host h1 and start it");
+    assert_eq!(would.vm.expect("a VM").name.as_str(), "books");
+    assert_eq!(cluster.records.store().revision().await.expect("a revision"), before);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_of_something_that_has_changed_is_refused() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    let read = cluster.records.require::<Vm>(id.as_str()).expect("a VM").revision;
+    let stop = || OperationRequest::VmStop { vm: id.clone() };
+    let with = |if_match| Begin { actor: "tester".into(), request: stop(), if_match: Some(if_match) };
+    done(&cluster, take(&id, "one")).await;
+    let problem = cluster.operations.begin(with(read)).await.expect_err("it has changed");
+    assert_eq!(problem.code, ProblemCode::Changed);
+    settle(&world, &cluster).await;
+    let read = cluster.records.require::<Vm>(id.as_str()).expect("a VM").revision;
+    assert!(cluster.operations.begin(with(read)).await.is_ok());
+    quiet(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn addresses_and_macs_are_given_once_and_given_back() {
+    let mut world = World::new(Pools::Shared).await;
+    world.settings = Settings { addresses: Some("198.18.5.0/28".parse().expect("a range")) };
+    let cluster = world.manager_with_hosts().await;
+    let small = |name: &str| ask(CreateVm { memory_mib: Some(64), ..wish(name) });
+    let mut macs = std::collections::BTreeSet::new();
+    let mut last = None;
+    for (number, address) in (10..15).enumerate() {
+        let id = done(&cluster, small(&format!("vm-{number}"))).await.vm.expect("a VM");
+        let nic = vm(&cluster, &id).spec.nics.remove(0);
+        assert_eq!(nic.address, Some(format!("198.18.5.{address}/28")));
+        assert_eq!(nic.gateway.as_deref(), Some("198.18.5.1"));
+        assert!(macs.insert(nic.mac));
+        last = Some(id);
+    }
+    assert_eq!(refused(&cluster, small("one-more")).await.code, ProblemCode::InvalidInput);
+    let last = last.expect("a VM");
+    done(&cluster, OperationRequest::VmDelete { vm: last, force: true }).await;
+    let id = done(&cluster, small("again")).await.vm.expect("a VM");
+    let nic = vm(&cluster, &id).spec.nics.remove(0);
+    assert_eq!(nic.address.as_deref(), Some("198.18.5.14/28"));
+    assert!(macs.insert(nic.mac), "a number is never used twice");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn room_is_promised_once() {
+    let world = World::new(Pools::Shared).await;
+    let cluster = world.manager_with_hosts().await;
+    // Each host has 3,584 MiB to give: two of these fit on one, with what QEMU itself takes.
+    let big = |name: &str| begin(&cluster, ask(CreateVm { memory_mib: Some(1600), ..wish(name) }));
+    let (a, b, c, d, e) = tokio::join!(big("a"), big("b"), big("c"), big("d"), big("e"));
+    let refused: Vec<_> = [a, b, c, d, e].into_iter().filter_map(Result::err).collect();
+    assert_eq!(refused.len(), 1, "{refused:?}");
+    assert_eq!(refused[0].code, ProblemCode::NoPlacement);
+    assert!(
+        refused[0].message.contains("h1: it has 192 MiB to give, and 1696 MiB are wanted"),
+        "{}",
+        refused[0]
+    );
+    quiet(&cluster).await;
+    // Stopped, it takes no room; and then may not find any.
+    let id = cluster.records.find_vm("default/a").expect("a VM").value.id.clone();
+    done(&cluster, OperationRequest::VmStop { vm: id.clone() }).await;
+    let wish = CreateVm { memory_mib: Some(1600), ..wish("e") };
+    done(&cluster, ask(wish)).await;
+    let problem = begin(&cluster, OperationRequest::VmStart { vm: id }).await.expect_err("no room");
+    assert_eq!(problem.code, ProblemCode::NoPlacement);
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_power_down_runs_on() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    world
+        .agent(0)
+        .refuse("shutdown", Problem::new(ProblemCode::Guest, "the guest did not power down in 5 s"));
+    let request = OperationRequest::VmShutdown { vm: id.clone(), timeout_s: Some(5) };
+    let operation = whole(&cluster, request).await;
+    assert_eq!(operation.problem.expect("a reason").code, ProblemCode::Guest);
+    assert_eq!(vm(&cluster, &id).status.state, VmState::Running);
+    assert_eq!(world.agent(0).machine(&id).expect("a machine").process, Process::Running);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_can_be_followed_from_its_beginning_to_its_end() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let begun = begin(&cluster, create("books")).await.expect("a beginning").operation.expect("begun");
+    let mut shown = cluster.operations.subscribe(&begun.id).expect("an operation");
+    let mut phases = vec![];
+    loop {
+        let operation = shown.borrow_and_update().clone();
+        if phases.last() != Some(&operation.progress.phase) {
+            phases.push(operation.progress.phase.clone());
+        }
+        if shown.changed().await.is_err() {
+            break;
+        }
+    }
+    assert_eq!(shown.borrow().state, OperationState::Succeeded);
+    assert!(phases.contains(&"prepare".to_owned()) && phases.contains(&"start".to_owned()), "{phases:?}");
+    let cancelled = cluster.operations.cancel(&begun.id, "tester").await.expect_err("it is over");
+    assert_eq!(cancelled.code, ProblemCode::WrongState);
+    let listed =
+        cluster.operations.list(&Filter { kind: Some(OperationKind::VmCreate), ..Filter::default() });
+    assert_eq!(listed.len(), 1);
+    assert!(listed[0].finished_at.is_some());
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_is_fetched_once_for_all_that_need_it() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let on_two = |name: &str| ask(CreateVm { host: Some("h2".into()), memory_mib: Some(64), ..wish(name) });
+    let begun = [begin(&cluster, on_two("a")).await, begin(&cluster, on_two("b")).await];
+    for one in begun {
+        let id = one.expect("a beginning").operation.expect("begun").id;
+        assert_eq!(over(&cluster, &id).await.state, OperationState::Succeeded);
+    }
+    assert_eq!(cluster.records.places_of(&world.image).len(), 2);
+    // An image whose only host is away can't be had.
+    let other = ImageId::from_entropy([9; 10]);
+    world.add_image(&other, "other").await;
+    until(&cluster, "the image is seen", |cluster| cluster.records.find_image("other").is_ok()).await;
+    world.agent(0).cut();
+    until(&cluster, "h1 is offline", |cluster| {
+        cluster.records.find_host("h1").is_ok_and(|host| host.offline_reason.is_some())
+    })
+    .await;
+    let operation = whole(&cluster, ask(CreateVm { image: "other".into(), ..wish("c") })).await;
+    let problem = operation.problem.expect("a reason");
+    assert_eq!(problem.message, "no host that answers has image other in its pool default");
+    world.agent(0).mend();
+    quiet(&cluster).await;
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}

@@ -1,0 +1,167 @@
+//! In each step of each workflow somebody cancels, hosts stop answering, agents are restarted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_manager::cluster::Cluster;
+use berth_manager::operations::interfere::{Interference, Meddling};
+use berth_manager::operations::steps_of;
+use berth_model::operation::{Operation, OperationKind, OperationState};
+use berth_model::{OperationId, ProblemCode};
+use tokio::sync::mpsc;
+
+use crate::agent::KINDS;
+use crate::faults::{go, settle};
+use crate::scenario::prepare;
+use crate::world::{MortalStore, Pools, World, begin, over, quiet};
+
+/// Says when a step is about to be done.
+struct Announce {
+    kind: OperationKind,
+    step: &'static str,
+    at: mpsc::UnboundedSender<OperationId>,
+}
+
+impl Interference for Announce {
+    fn meddle(&self, operation: &Operation, step: &'static str, undoing: bool) -> Meddling {
+        if operation.kind == self.kind && step == self.step && !undoing {
+            let _ = self.at.send(operation.id.clone());
+        }
+        Meddling::None
+    }
+}
+
+/// Goes through a case, and makes trouble when it comes to this step.
+async fn troubled<F>(kind: OperationKind, step: &'static str, trouble: F) -> (Operation, String, String)
+where
+    F: AsyncFn(&World, &Arc<Cluster>, &OperationId),
+{
+    let world = World::new(Pools::Local).await;
+    let first = world.manager_with_hosts().await;
+    let request = prepare(&world, &first, kind).await;
+    quiet(&first).await;
+    let before = world.digest(&first);
+    first.shutdown().await;
+    let (at, mut announced) = mpsc::unbounded_channel();
+    let announce = Arc::new(Announce { kind, step, at });
+    let cluster = world.manager_on(MortalStore::immortal(&world.inner), Some(announce)).await;
+    // The hosts stop at whatever they are asked from this step on, until they are let go.
+    let begun = begin(&cluster, request).await.expect("a beginning").operation.expect("an operation");
+    let id = announced.recv().await.expect("the step comes");
+    assert_eq!(id, begun.id);
+    trouble(&world, &cluster, &id).await;
+    let operation = over(&cluster, &id).await;
+    quiet(&cluster).await;
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    let after = world.digest(&cluster);
+    cluster.shutdown().await;
+    (operation, before, after)
+}
+
+fn hold_all(world: &World) {
+    for agent in world.net.agents() {
+        KINDS.iter().for_each(|kind| agent.hold(kind));
+    }
+}
+
+fn release_all(world: &World) {
+    world.net.agents().iter().for_each(|agent| agent.release());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_that_is_cancelled_in_any_step_is_undone_or_past_it() {
+    for kind in OperationKind::ALL {
+        let plain = go(kind, Pools::Local, None).await.after;
+        for step in steps_of(kind) {
+            let cancel = async |world: &World, cluster: &Arc<Cluster>, id: &OperationId| {
+                hold_all(world);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                let asked = cluster.operations.cancel(id, "tester").await;
+                if let Err(problem) = asked {
+                    assert_eq!(problem.code, ProblemCode::WrongState, "{problem}");
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                release_all(world);
+            };
+            let (operation, before, after) = troubled(kind, step.name, cancel).await;
+            let case = format!("{kind} cancelled in '{}'", step.name);
+            match operation.state {
+                OperationState::Cancelled => {
+                    assert_eq!(after, before, "{case}");
+                    let problem = operation.problem.expect("a reason");
+                    assert_eq!(problem.message, "cancelled by tester", "{case}");
+                }
+                OperationState::Succeeded => assert_eq!(after, plain, "{case}"),
+                state => panic!("{case}: {state:?}, {:?}", operation.problem),
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_waits_for_hosts_that_stop_answering_in_any_step() {
+    for kind in OperationKind::ALL {
+        let plain = go(kind, Pools::Local, None).await.after;
+        for step in steps_of(kind) {
+            let cut = async |world: &World, cluster: &Arc<Cluster>, id: &OperationId| {
+                world.net.agents().iter().for_each(|agent| agent.cut());
+                // Long enough for hosts to be offline and their VMs unknown.
+                tokio::time::sleep(Duration::from_secs(30)).await;
+                let phase = cluster.operations.get(id).expect("an operation").progress.phase;
+                let is_over = cluster.operations.get(id).expect("an operation").state.is_over();
+                assert!(is_over || phase.starts_with("waiting for host h"), "{phase}");
+                world.net.agents().iter().for_each(|agent| agent.mend());
+            };
+            let (operation, before, after) = troubled(kind, step.name, cut).await;
+            let case = format!("{kind} with hosts cut off in '{}': {:?}", step.name, operation.problem);
+            if (kind, step.name) == (OperationKind::VmMigrate, "move") {
+                // The source can't reach the target either, and goes on running the guest.
+                assert_eq!((operation.state, after), (OperationState::Failed, before), "{case}");
+                continue;
+            }
+            assert_eq!(operation.state, OperationState::Succeeded, "{case}");
+            assert_eq!(after, plain, "{case}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_goes_on_after_agents_were_restarted_in_any_step() {
+    for kind in OperationKind::ALL {
+        let plain = go(kind, Pools::Local, None).await.after;
+        for step in steps_of(kind) {
+            let restart = async |world: &World, _: &Arc<Cluster>, _: &OperationId| {
+                hold_all(world);
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                world.net.agents().iter().for_each(|agent| agent.restart());
+                release_all(world);
+            };
+            let (operation, _, after) = troubled(kind, step.name, restart).await;
+            let case = format!("{kind} with agents restarted in '{}': {:?}", step.name, operation.problem);
+            assert_eq!(operation.state, OperationState::Succeeded, "{case}");
+            assert_eq!(after, plain, "{case}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_on_a_host_that_is_gone_can_be_cancelled_and_is_cleaned_up_when_it_is_back() {
+    for kind in [OperationKind::VmCreate, OperationKind::VmMigrate] {
+        // In both, the second host has something of the VM by then.
+        let step = if kind == OperationKind::VmCreate { "start" } else { "move" };
+        let gone = async |world: &World, cluster: &Arc<Cluster>, id: &OperationId| {
+            world.agent(1).cut();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            // A migration may have given up by itself.
+            let _ = cluster.operations.cancel(id, "tester").await;
+            let operation = over(cluster, id).await;
+            assert_ne!(operation.state, OperationState::Succeeded, "{operation:?}");
+            assert!(!world.agent(1).machines().is_empty(), "the host that is gone still has it");
+            world.agent(1).mend();
+        };
+        let (operation, before, after) = troubled(kind, step, gone).await;
+        assert_ne!(operation.state, OperationState::Succeeded, "{operation:?}");
+        assert_eq!(after, before, "{kind}");
+    }
+}
