@@ -76,14 +76,13 @@ impl Intake {
             Self { pool: pool.clone(), image: image.clone(), expected: expected.clone(), path, sink: None };
         let (path, size_bytes) = (intake.path.clone(), expected.size_bytes);
         let file = blocking(move || {
-            open_directory(&directory)?;
+            let file = make_file(&directory, &path)?;
             let size = rustix::fs::statvfs(&directory)
                 .map_err(|error| FileError::io(&directory, "looked at")(error.into()))?;
             if size.f_bavail.saturating_mul(size.f_frsize) < size_bytes {
                 return Err(no_space(&directory));
             }
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-            Ok(file.map_err(FileError::io(&path, "made"))?)
+            Ok(file)
         })
         .await?;
         intake.sink = Some(Sink { file, hash: Sha256::new(), length: 0 });
@@ -207,6 +206,16 @@ impl Intake {
         })
         .await
     }
+}
+
+fn make_file(directory: &Path, path: &Path) -> Result<File, FileError> {
+    let make = || {
+        open_directory(directory)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        file.map_err(FileError::io(path, "made"))
+    };
+    // Another part of the same image that was refused may have taken the empty directory away in between.
+    make().or_else(|_| make())
 }
 
 fn read_head(path: &Path) -> Result<Vec<u8>, FileError> {

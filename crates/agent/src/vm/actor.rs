@@ -237,6 +237,11 @@ async fn find(vm: &mut VmRuntime) -> Result<(), Problem> {
     vm.home = Some(Home { dirs, host, vm: record });
     vm.publish();
     process::find_again(vm).await?;
+    recover(vm).await
+}
+
+/// Brings what was half done when an agent died, or lost its QEMU, to one of its two ends.
+pub(super) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     snapshot::recover(vm).await?;
     migration::recover(vm).await?;
     vm.status().process_rests();

@@ -48,6 +48,13 @@ pub enum Notice {
         /// Which.
         serial: u64,
     },
+    /// The guest is held because a request to its disk failed.
+    DiskFailed {
+        /// Which.
+        serial: u64,
+        /// What failed, in words.
+        trouble: String,
+    },
 }
 
 /// The VM's present process with all that listens to it.
@@ -203,11 +210,20 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
         }
         Notice::MonitorLost { serial } if present == Some(serial) => {
             vm.running = None;
-            if let Err(problem) = find_again(vm).await {
+            let found = match find_again(vm).await {
+                Ok(()) => super::actor::recover(vm).await,
+                Err(problem) => Err(problem),
+            };
+            if let Err(problem) = found {
                 tracing::error!(vm = %vm.id(), %problem, "the monitor is lost");
             }
         }
-        Notice::Ended { .. } | Notice::MonitorLost { .. } => {}
+        Notice::DiskFailed { serial, trouble } if present == Some(serial) => {
+            if let Err(problem) = vm.change_host_record(|record| record.trouble = Some(trouble)).await {
+                tracing::error!(vm = %vm.id(), %problem, "its trouble can't be written down");
+            }
+        }
+        Notice::Ended { .. } | Notice::MonitorLost { .. } | Notice::DiskFailed { .. } => {}
     }
 }
 
@@ -300,6 +316,12 @@ impl Watcher {
                 EventKind::Shutdown { reason: why, .. } => reason = Some(why),
                 EventKind::GuestPanicked { .. } => {
                     self.status.guest_is(self.serial, GuestState::Panicked, None);
+                }
+                EventKind::BlockIoError { operation, nospace, reason, action, .. } if action == "stop" => {
+                    let full = if nospace { "the pool is full" } else { reason.as_str() };
+                    let trouble = format!("the guest is held: a {operation} on its disk failed ({full})");
+                    // The owner may be gone: then the agent is ending.
+                    let _ = self.notices.send(Notice::DiskFailed { serial: self.serial, trouble });
                 }
                 EventKind::Reset { .. } => {
                     self.status.guest_is(self.serial, GuestState::Booting, None);

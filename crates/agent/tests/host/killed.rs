@@ -7,8 +7,8 @@ use std::sync::Arc;
 use berth_agent::AgentConfig;
 use berth_agent::identity::{HostIdentity, IdentityFiles};
 use berth_api::agent::{
-    InventoryShow, PutTask, ReportQuery, ReportShow, TaskPath, TaskPut, TaskQuery, TaskShow, TaskSpec,
-    TaskState, VmDefinition,
+    AgentMetrics, AgentVmPath, ConsoleOpen, InventoryShow, PutTask, ReportQuery, ReportShow, TaskPath,
+    TaskPut, TaskQuery, TaskShow, TaskSpec, TaskState, VmDefinition,
 };
 use berth_api::endpoint::Nothing;
 use berth_api::pki::{self, Authority, Identity};
@@ -206,6 +206,41 @@ async fn only_the_manager_commands_and_the_inventory_tells_the_truth() {
     let client = daemon.client(&stranger.issue_manager(&[], now).expect("manager"));
     let refused = client.call::<InventoryShow>(&Nothing {}, &Nothing {}, &()).await.expect_err("a stranger");
     assert!(matches!(refused, ClientError::Transport(_)), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_console_is_a_websocket_and_the_metrics_count() {
+    use futures_util::{SinkExt, StreamExt};
+    use tokio_tungstenite::WebSocketStream;
+    use tokio_tungstenite::tungstenite::Message;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+    let mut daemon = Daemon::new();
+    daemon.start().await;
+    let definition = definition(1, &[]);
+    daemon.make(&definition).await;
+    let client = daemon.client(&daemon.manager);
+    let headers = [
+        ("sec-websocket-version", "13".to_owned()),
+        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==".to_owned()),
+    ];
+    let path = AgentVmPath { vm: definition.id.clone() };
+    let stream = client.upgrade::<ConsoleOpen>(&path, "websocket", &headers).await.expect("upgraded");
+    let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, None).await;
+    // No guest reads it; that it takes what is typed is all that can be seen.
+    for _ in 0..1000 {
+        socket.send(Message::Binary(vec![b'x'; 100].into())).await.expect("typed");
+    }
+    socket.close(None).await.expect("closed");
+    while let Some(Ok(_)) = socket.next().await {}
+    let unknown = AgentVmPath { vm: berth_model::VmId::from_entropy([6; 10]) };
+    let refused =
+        client.upgrade::<ConsoleOpen>(&unknown, "websocket", &headers).await.expect_err("no such VM");
+    assert!(matches!(refused, ClientError::Problem(problem) if problem.code == ProblemCode::NotFound));
+    let metrics = client.download::<AgentMetrics>(&Nothing {}, &Nothing {}).await.expect("metrics");
+    let text = http_body_util::BodyExt::collect(metrics.into_body()).await.expect("text").to_bytes();
+    let text = String::from_utf8(text.to_vec()).expect("text");
+    assert!(text.contains("berth_agent_vms{state=\"running\"} 1"), "{text}");
+    assert!(text.contains("berth_agent_resident_memory_bytes "), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -39,6 +39,7 @@ pub struct Host {
     pub root: tempfile::TempDir,
     pub agent: Option<Arc<Agent>>,
     pub network: NetworkConfig,
+    pub peers: Arc<Peers>,
 }
 
 /// Calls an agent's routes without a network, as a caller of one's choice.
@@ -67,12 +68,22 @@ impl Transport for InProcess {
     }
 }
 
-/// There are no other hosts.
-pub struct NoPeers;
+/// The other hosts that there are, in this process too.
+#[derive(Default)]
+pub struct Peers(std::sync::Mutex<Vec<(HostId, Client)>>);
 
-impl PeerConnector for NoPeers {
-    fn connect(&self, _host: &HostId, address: &str) -> Client {
-        panic!("nobody is at {address}")
+impl Peers {
+    pub fn add(&self, host: &Host, as_host: &HostId) {
+        let client = host.client_of(Peer::Host(as_host.clone()));
+        self.0.lock().expect("lock").push((host.id.clone(), client));
+    }
+}
+
+impl PeerConnector for Peers {
+    fn connect(&self, host: &HostId, address: &str) -> Client {
+        let peers = self.0.lock().expect("lock");
+        let found = peers.iter().find(|(id, _)| id == host);
+        found.unwrap_or_else(|| panic!("nobody is at {address}")).1.clone()
     }
 }
 
@@ -107,14 +118,15 @@ impl Host {
     }
 
     pub async fn start_with(root: tempfile::TempDir, network: NetworkConfig) -> Self {
-        let mut host = Self { id: HostId::from_entropy([9; 10]), root, agent: None, network };
+        let mut host =
+            Self { id: HostId::from_entropy([9; 10]), root, agent: None, network, peers: Arc::default() };
         host.start_agent().await;
         host
     }
 
     pub async fn start_agent(&mut self) {
         let config = AgentConfig { network: self.network.clone(), ..config(self.root.path()) };
-        self.agent = Some(start_agent(self.id.clone(), config).await.expect("agent"));
+        self.agent = Some(start_agent(self.id.clone(), config, self.peers.clone()).await.expect("agent"));
     }
 
     /// Ends the agent and leaves its QEMUs alone.
@@ -279,7 +291,11 @@ fn list(directory: &Path, all: &mut Vec<String>) {
     }
 }
 
-pub async fn start_agent(id: HostId, config: AgentConfig) -> Result<Arc<Agent>, berth_agent::StartError> {
+pub async fn start_agent(
+    id: HostId,
+    config: AgentConfig,
+    peers: Arc<Peers>,
+) -> Result<Arc<Agent>, berth_agent::StartError> {
     let scratch =
         berth_agent::sandbox::can_become_users_from(config.user_id_base).then_some(config.user_id_base);
     let launcher =
@@ -289,7 +305,7 @@ pub async fn start_agent(id: HostId, config: AgentConfig) -> Result<Arc<Agent>, 
         launcher: Arc::new(launcher),
         images: Arc::new(QemuImg::new(config.qemu_img_binary.clone(), scratch)),
         clock: Arc::new(SystemClock),
-        peers: Arc::new(NoPeers),
+        peers,
     };
     Agent::start(id, config, handles).await
 }
