@@ -18,4 +18,12 @@ pub mod oracle;
 pub mod fault;
 pub mod qemu;
 
+pub mod launcher;
+
+pub mod network;
+
+pub mod cluster;
+
 pub mod chance;
+
+pub use cluster::{Plan, SimCluster};

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use berth_agent::launcher::Exit;
 use berth_model::VmId;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -90,21 +91,12 @@ pub enum Guests {
     AreMute,
 }
 
-/// How a process ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct End {
-    /// Its exit code.
-    pub code: Option<i32>,
-    /// Or the signal that ended it.
-    pub signal: Option<i32>,
-    /// What it said on its standard error.
-    pub words: String,
+fn ended_by_itself(code: i32, words: impl Into<String>) -> Exit {
+    Exit { code: Some(code), signal: None, last_words: words.into() }
 }
 
-impl End {
-    fn by_itself(code: i32, words: impl Into<String>) -> Self {
-        Self { code: Some(code), signal: None, words: words.into() }
-    }
+fn ended_by_signal(signal: i32) -> Exit {
+    Exit { code: None, signal: Some(signal), last_words: String::new() }
 }
 
 /// What a machine is started with.
@@ -183,7 +175,7 @@ struct Shared {
     /// A monitor serves one client, the next when that one has gone.
     turn: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
-    end: watch::Sender<Option<End>>,
+    end: watch::Sender<Option<Exit>>,
     over: CancellationToken,
 }
 
@@ -264,11 +256,11 @@ impl FakeQemu {
 
     /// Ends it as the kernel would.
     pub fn kill(&self) {
-        self.shared.end(End { code: None, signal: Some(9), words: String::new() });
+        self.shared.end(ended_by_signal(9));
     }
 
     /// How it ended, once it has.
-    pub fn ended(&self) -> watch::Receiver<Option<End>> {
+    pub fn ended(&self) -> watch::Receiver<Option<Exit>> {
         self.shared.end.subscribe()
     }
 
@@ -372,7 +364,7 @@ impl Shared {
             if machine.guest.runs() {
                 shared.leave(&mut machine, true, "guest-shutdown");
                 drop(machine);
-                shared.end(End::by_itself(0, ""));
+                shared.end(ended_by_itself(0, ""));
             }
         });
     }
@@ -389,7 +381,7 @@ impl Shared {
     }
 
     /// It is no more.
-    fn end(&self, end: End) {
+    fn end(&self, end: Exit) {
         let mut machine = self.lock();
         if machine.ended {
             return;
@@ -397,7 +389,7 @@ impl Shared {
         machine.ended = true;
         machine.guest.pause();
         let how = match (end.code, end.signal) {
-            (Some(code), _) => format!("code {code} {}", end.words),
+            (Some(code), _) => format!("code {code} {}", end.last_words),
             (None, _) => "killed".to_owned(),
         };
         self.oracle().ended(self.vm(), &self.start.process, &how);

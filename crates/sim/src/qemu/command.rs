@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::guest::Memory;
-use super::{End, Machine, Refusal, RunState, Shared, incoming, outgoing};
+use super::{Machine, Refusal, RunState, Shared, ended_by_itself, ended_by_signal, incoming, outgoing};
 use crate::fault::Misdeed;
 use crate::oracle::Origin;
 
@@ -36,7 +36,7 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
         Some(Misdeed::Die) => {
             drop(machine);
             shared.oracle().note(shared.vm(), format!("{} dies at {name}", shared.start.process));
-            return shared.end(End { code: None, signal: Some(11), words: String::new() });
+            return shared.end(ended_by_signal(11));
         }
     };
     let mut answer = match outcome {
@@ -49,7 +49,7 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
     machine.say(&answer);
     if name == "quit" {
         drop(machine);
-        shared.end(End::by_itself(0, ""));
+        shared.end(ended_by_itself(0, ""));
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 
 use super::guest::{Guest, Memory};
 use super::stream::{LoadError, Loader, SHUT};
-use super::{End, Machine, Phase, Refusal, RunState, Shared};
+use super::{Machine, Phase, Refusal, RunState, Shared, ended_by_itself};
 use crate::oracle::Origin;
 
 /// `migrate-incoming`.
@@ -55,7 +55,7 @@ async fn take_in(shared: &Arc<Shared>, stream: StdUnixStream) {
             drop(machine);
             // Older versions end, newer ones stay.
             if shared.world.chance.one_in(2) {
-                shared.end(End::by_itself(1, format!("qemu-system-x86_64: {error}")));
+                shared.end(ended_by_itself(1, format!("qemu-system-x86_64: {error}")));
             }
         }
     }

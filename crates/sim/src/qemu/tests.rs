@@ -98,7 +98,7 @@ fn relay(one: std::os::unix::net::UnixStream, other: std::os::unix::net::UnixStr
     tokio::spawn(async move { tokio::io::copy_bidirectional(&mut one, &mut other).await });
 }
 
-async fn exit(qemu: &FakeQemu) -> End {
+async fn exit(qemu: &FakeQemu) -> Exit {
     let mut ended = qemu.ended();
     let end = tokio::time::timeout(DEADLINE, ended.wait_for(Option::is_some)).await;
     end.expect("in time").expect("told").clone().expect("an end")
@@ -118,7 +118,7 @@ async fn a_machine_runs_is_held_goes_on_and_ends() {
     qmp.call(SystemReset {}).await.expect("reset");
     assert_ne!(qemu.memory().token, held.token, "a reset guest is another one");
     qmp.call(Quit {}).await.expect("its answer is still heard");
-    assert_eq!(exit(&qemu).await, End { code: Some(0), signal: None, words: String::new() });
+    assert_eq!(exit(&qemu).await, Exit { code: Some(0), signal: None, last_words: String::new() });
     assert!(qmp.call(QueryStatus {}).await.is_err());
     scene.verdict();
 }
