@@ -35,6 +35,9 @@ pub enum AuditError {
     /// The store failed.
     #[error("the audit can't be written")]
     Store(#[source] berth_store::Error),
+    /// There is no room left for it.
+    #[error("the audit can't be written: the disk is full")]
+    NoSpace,
     /// The audit has been closed.
     #[error("the audit is closed: the manager is stopping")]
     Closed,
@@ -278,7 +281,11 @@ impl Writer {
         changed.retain(|sequence, _| *sequence <= before);
         self.unsaved = changed;
         for (_, answer) in starts {
-            let _ = answer.send(Err(AuditError::Refused(error.to_string())));
+            let refusal = match error {
+                berth_store::Error::NoSpace { .. } => AuditError::NoSpace,
+                other => AuditError::Refused(other.to_string()),
+            };
+            let _ = answer.send(Err(refusal));
         }
     }
 

@@ -21,7 +21,7 @@ use subtle::ConstantTimeEq;
 
 pub mod accounts;
 
-pub mod guessing;
+pub mod strangers;
 
 /// How many random bytes a secret has.
 pub const SECRET_BYTES: usize = 32;

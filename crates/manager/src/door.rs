@@ -8,6 +8,9 @@
 //! In order: who asks; what is asked, and is it well-formed; what is it about; is it allowed; write that down, durably;
 //! only then run the handler. Changes run to their end even when the caller hangs up, so that nothing is left half
 //! done by a lost connection; reads are dropped. A handler that panics fails its own request and nothing else.
+//!
+//! Everybody who is known leaves a record of each request. So do strangers, up to so many a minute from one address:
+//! beyond that a flood of them would only fill the disk.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -19,34 +22,32 @@ use axum::body::Body;
 use axum::routing::{MethodFilter, MethodRouter};
 use berth_api::endpoint::{Endpoint, EndpointKind};
 use berth_api::join::Fingerprint;
-use berth_api::manager::AuditRecord;
-use berth_api::serve::Caller;
 use berth_api::transport::BoxFuture;
 use berth_model::access::Action;
-use berth_model::{Problem, ProblemCode, Timestamp};
+use berth_model::{Problem, ProblemCode};
 use futures_util::FutureExt;
-use http::request::Parts;
 use http::{Method, Request, Response};
 
-use crate::audit::{ALLOW, Audit, AuditError, DENY, End, Open};
-use crate::auth::guessing::Guessing;
+use crate::audit::{Audit, Open};
+use crate::auth::strangers::Strangers;
 use crate::auth::{Principal, Shown, accounts, shown, unauthenticated};
 use crate::cluster::Cluster;
 use crate::metrics::Metrics;
-use crate::policy::{Decision, Policies, Resource};
+use crate::policy::{Policies, Resource};
+
+mod arrival;
 
 pub mod call;
 pub mod input;
 pub mod reply;
 pub mod target;
 
+use arrival::Arrival;
+
 pub use call::{Call, Ctx};
 pub use input::Input;
 pub use reply::{Answer, Done};
 pub use target::{Located, Target};
-
-/// Longest path that is written down, in characters.
-const AUDIT_PATH_CHARS_MAX: usize = 300;
 
 /// What the door needs to judge requests.
 pub struct Gate {
@@ -60,7 +61,9 @@ pub struct Gate {
     pub metrics: Arc<Metrics>,
     /// The fingerprint of the cluster's CA, which join tokens carry.
     pub ca: Fingerprint,
-    guessing: Guessing,
+    /// Those who showed nothing good, and those who asked for what anybody may.
+    refused: Strangers,
+    passing: Strangers,
 }
 
 impl Gate {
@@ -72,18 +75,23 @@ impl Gate {
         metrics: Arc<Metrics>,
         ca: Fingerprint,
     ) -> Self {
-        Self { cluster, policies, audit, metrics, ca, guessing: Guessing::default() }
-    }
-
-    fn now(&self) -> Timestamp {
-        self.cluster.clock.now()
+        Self {
+            cluster,
+            policies,
+            audit,
+            metrics,
+            ca,
+            refused: Strangers::default(),
+            passing: Strangers::default(),
+        }
     }
 
     /// Who shows this; none: what is shown is not good, or something had to be shown.
     fn identify(&self, action: Action, shown: Shown) -> Option<Principal> {
         match (shown, action) {
             (Shown::Bearer(bearer), _) => {
-                accounts::authenticate(&self.cluster.records, &bearer, self.now()).map(Principal::User)
+                accounts::authenticate(&self.cluster.records, &bearer, self.cluster.clock.now())
+                    .map(Principal::User)
             }
             (Shown::HostCertificate(host), _) => {
                 let known = self.cluster.records.get::<berth_model::host::Host>(host.as_str()).is_some();
@@ -96,7 +104,7 @@ impl Gate {
     }
 
     fn join_token(&self, text: &str) -> Option<Principal> {
-        accounts::join_token(&self.cluster.records, text, self.ca, self.now())
+        accounts::join_token(&self.cluster.records, text, self.ca, self.cluster.clock.now())
             .map(|row| Principal::JoinToken(row.id.clone()))
     }
 }
@@ -154,7 +162,7 @@ impl Door {
         let filter = MethodFilter::try_from(method).expect("methods of the contract are HTTP's own");
         let gate = Arc::clone(&self.gate);
         let route = MethodRouter::new().on(filter, move |request: Request<Body>| {
-            pass::<E, T, R>(Arc::clone(&gate), request, run.clone())
+            without_panics(E::NAME, pass::<E, T, R>(Arc::clone(&gate), request, run.clone()))
         });
         self.router = self.router.route(E::PATH, route);
         self
@@ -186,124 +194,6 @@ fn new_request_id(cluster: &Cluster) -> String {
     let mut bytes = [0; 8];
     cluster.entropy.fill(&mut bytes);
     format!("req-{:016x}", u64::from_be_bytes(bytes))
-}
-
-/// A request on its way through.
-struct Arrival {
-    gate: Arc<Gate>,
-    endpoint: &'static str,
-    action: Action,
-    request_id: String,
-    caller: Caller,
-    request: String,
-    started_at: Timestamp,
-}
-
-impl Arrival {
-    fn new<E: Endpoint>(gate: Arc<Gate>, parts: &Parts) -> Self {
-        let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_else(|| Caller {
-            remote: ([0, 0, 0, 0], 0).into(),
-            peer: berth_api::pki::Peer::Anonymous,
-        });
-        let path: String = parts.uri.path().chars().take(AUDIT_PATH_CHARS_MAX).collect();
-        Self {
-            request_id: new_request_id(&gate.cluster),
-            endpoint: E::NAME,
-            action: E::ACTION,
-            caller,
-            request: format!("{} {path}", parts.method),
-            started_at: gate.now(),
-            gate,
-        }
-    }
-
-    /// Writes down that it came and how it was decided; on return that is durable.
-    async fn write_down(
-        &self,
-        actor: String,
-        resource: &Resource,
-        decision: &Decision,
-    ) -> Result<Open, Problem> {
-        let record = AuditRecord {
-            sequence: 0,
-            request_id: self.request_id.clone(),
-            actor,
-            action: self.action,
-            request: self.request.clone(),
-            resource: resource.label().to_owned(),
-            decision: if decision.allowed { ALLOW } else { DENY }.to_owned(),
-            reason: decision.reason.clone(),
-            started_at: self.started_at,
-            finished_at: None,
-            interrupted: false,
-            status: None,
-            operation: None,
-            remote: self.caller.remote.to_string(),
-        };
-        self.gate.audit.begin(record).await.map_err(|error| match error {
-            AuditError::Closed => Problem::new(ProblemCode::Unreachable, error.to_string()),
-            AuditError::Store(berth_store::Error::NoSpace { .. }) => {
-                Problem::new(ProblemCode::NoSpace, "the manager's disk is full: nothing can be recorded")
-            }
-            AuditError::Store(_) | AuditError::Refused(_) => Problem::new(
-                ProblemCode::Unreachable,
-                format!("nothing is done without a record of it, and {error}"),
-            ),
-        })
-    }
-
-    /// The answer to a request that was refused before it came to a handler.
-    async fn refuse(
-        &self,
-        actor: String,
-        resource: &Resource,
-        reason: &str,
-        problem: Problem,
-    ) -> Response<Body> {
-        let decision = Decision { allowed: false, reason: reason.to_owned() };
-        let address = self.caller.remote.ip();
-        let quiet = problem.code == ProblemCode::Unauthenticated
-            && !self.gate.guessing.failed(address, self.started_at);
-        if quiet {
-            return self.conclude(Err(problem), None);
-        }
-        match self.write_down(actor, resource, &decision).await {
-            Ok(open) => self.conclude(Err(problem), Some(open)),
-            Err(unwritten) => self.conclude(Err(unwritten), None),
-        }
-    }
-
-    async fn refuse_stranger(&self, reason: &str, problem: Problem) -> Response<Body> {
-        self.refuse(Principal::Anonymous.actor(), &Resource::cluster(), reason, problem).await
-    }
-
-    /// Makes the answer, and says in the record how it ended.
-    fn conclude(&self, result: Result<Done, Problem>, open: Option<Open>) -> Response<Body> {
-        let denied = match &result {
-            Err(problem) if problem.code == ProblemCode::NotAllowed => Some(problem.message.clone()),
-            _ => None,
-        };
-        let (mut response, operation, rest) = match result {
-            Ok(done) => done.into_parts(),
-            Err(problem) => (reply::problem(problem, &self.request_id), None, reply::Rest::Nothing),
-        };
-        reply::stamp(&mut response, &self.request_id);
-        let status = response.status().as_u16();
-        self.gate.metrics.answered(self.endpoint, status);
-        let Some(mut open) = open else { return response };
-        open.set(End { status, operation, denied });
-        match rest {
-            reply::Rest::Nothing => response,
-            reply::Rest::Streaming => reply::holding(response, open),
-            reply::Rest::Task(task) => {
-                self.gate.cluster.spawn(async move {
-                    task.await;
-                    drop(open);
-                });
-                response
-            }
-        }
-    }
 }
 
 /// The door itself.
@@ -342,15 +232,15 @@ where
     let decision = gate.policies.decide(&principal, E::ACTION, &resource);
     if !decision.allowed {
         let problem = not_allowed(E::ACTION, &principal);
-        return arrival.refuse(principal.actor(), &resource, &decision.reason, problem).await;
+        return arrival.refuse(&principal, &resource, &decision.reason, problem).await;
     }
-    let open = match arrival.write_down(principal.actor(), &resource, &decision).await {
+    let open = match arrival.write_down(&principal, &resource, &decision).await {
         Ok(open) => open,
         Err(problem) => return arrival.conclude(Err(problem), None),
     };
     let (input, located) = match input.and_then(|input| Ok((input, located?))) {
         Ok(ready) => ready,
-        Err(problem) => return arrival.conclude(Err(problem), Some(open)),
+        Err(problem) => return arrival.conclude(Err(problem), open),
     };
     let is_change = parts.method != Method::GET && parts.method != Method::HEAD;
     let ctx = Ctx::new(gate, principal, &arrival);
@@ -369,35 +259,27 @@ async fn run_to_the_end(handled: impl Future<Output = Response<Body>> + Send + '
 
 async fn handle(
     arrival: Arrival,
-    open: Open,
+    open: Option<Open>,
     run: BoxFuture<'static, Result<Done, Problem>>,
 ) -> Response<Body> {
-    let result = match AssertUnwindSafe(run).catch_unwind().await {
-        Ok(result) => result,
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("a panic without words");
-            tracing::error!(
-                request_id = arrival.request_id,
-                endpoint = arrival.endpoint,
-                text,
-                "a handler panicked"
-            );
-            Err(Problem::new(
-                ProblemCode::Internal,
-                "this is a fault in Berth; please report it with the request id",
-            ))
-        }
-    };
-    if let Err(problem) = &result
-        && problem.code == ProblemCode::Internal
-    {
-        tracing::error!(request_id = arrival.request_id, endpoint = arrival.endpoint, %problem, "a request failed");
-    }
-    arrival.conclude(result, Some(open))
+    let result = AssertUnwindSafe(run).catch_unwind().await;
+    arrival.conclude(result.unwrap_or_else(|panic| Err(fault(arrival.endpoint, &*panic))), open)
+}
+
+/// The last line: a fault outside a handler fails its request as well, and no other.
+async fn without_panics(
+    endpoint: &'static str,
+    passing: impl Future<Output = Response<Body>> + Send,
+) -> Response<Body> {
+    let result = AssertUnwindSafe(passing).catch_unwind().await;
+    result.unwrap_or_else(|panic| reply::problem(fault(endpoint, &*panic), ""))
+}
+
+fn fault(endpoint: &'static str, panic: &(dyn std::any::Any + Send)) -> Problem {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without words");
+    tracing::error!(endpoint, text, "a request panicked");
+    Problem::new(ProblemCode::Internal, "this is a fault in Berth; please report it with the request id")
 }
 
 /// What somebody gets who is known and may not. It is the same whether the thing exists or not.

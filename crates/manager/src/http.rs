@@ -18,7 +18,6 @@ pub mod vm;
 pub mod console;
 
 mod list;
-mod user_data;
 
 use crate::door::Door;
 

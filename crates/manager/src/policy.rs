@@ -147,7 +147,11 @@ impl Resource {
             | ResourceKind::User
             | ResourceKind::Token => Self::cluster(),
         };
-        Self::inside(parent, kind, ABSENT_ID, name)
+        let mut absent = Self::inside(parent, kind, ABSENT_ID, name);
+        if name.is_empty() {
+            kind.noun().clone_into(&mut absent.label);
+        }
+        absent
     }
 
     /// `vm:default/books`, for the audit.

@@ -9,6 +9,8 @@ pub mod image;
 pub mod vm;
 
 pub mod create;
+mod reach;
+mod user_data;
 mod wish;
 
 pub mod power;

@@ -160,11 +160,18 @@ fn unknown_field(field: &str, given: &str) -> Problem {
     problem.at(field, given, "a field of the API; see /v1/openapi.json")
 }
 
-/// The part of a serde message that says what would have been right; all of it if there is no such part.
+/// The part of a serde message that says what would have been right, without the words of the language that this is
+/// written in; all of it if there is no such part.
 fn expectation(message: &str) -> String {
-    match message.rfind(EXPECTED) {
-        Some(start) => message[start + EXPECTED.len()..].to_owned(),
-        None => message.to_owned(),
+    let part = message.rfind(EXPECTED).map_or(message, |start| &message[start + EXPECTED.len()..]);
+    match part {
+        "u16" | "u32" | "u64" | "usize" | "invalid digit found in string" => {
+            "a whole number from 0 on".to_owned()
+        }
+        "provided string was not `true` or `false`" => "true or false".to_owned(),
+        "a boolean" => "true or false".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        other => other.to_owned(),
     }
 }
 

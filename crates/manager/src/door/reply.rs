@@ -128,7 +128,7 @@ pub fn stamp(response: &mut Response<Body>, request_id: &str) {
 }
 
 /// Keeps the record open as long as the body is.
-pub fn holding(response: Response<Body>, open: Open) -> Response<Body> {
+pub fn holding(response: Response<Body>, open: Option<Open>) -> Response<Body> {
     response.map(|body| {
         Body::from_stream(body.into_data_stream().inspect(move |_| {
             let _held = &open;

@@ -11,7 +11,7 @@ use berth_model::access::Action;
 use berth_model::vm::Vm;
 use berth_model::{Problem, ProblemCode, VmId};
 
-use super::{list, operation, user_data};
+use super::{list, operation};
 use crate::door::target::{IntoSegment, TheCluster, TheVm};
 use crate::door::{Answer, Call, Door};
 use crate::operations::{Begin, OperationRequest};
@@ -62,9 +62,6 @@ async fn show(call: Call<VmShow, TheVm>) -> Result<Answer<Vm>, Problem> {
 async fn create(call: Call<VmCreate, IntoSegment>) -> Result<Answer<OperationRef>, Problem> {
     let (ctx, mut wish) = (&call.ctx, call.input.body);
     let IntoSegment(segment) = call.target;
-    if let Some(text) = &wish.user_data {
-        user_data::check(text)?;
-    }
     if let Some(seconds) = wish.ready_timeout_s {
         check_wait("ready_timeout_s", seconds)?;
     }

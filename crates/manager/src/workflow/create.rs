@@ -11,11 +11,11 @@ use berth_model::vm::{GuestState, Vm, VmSpec, VmState, VmStatus};
 use berth_model::{HostId, Problem, ProblemCode, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::vm::{definition, first_layer, settle};
+use super::vm::{definition, first_layer, forget_vm, settle};
 use super::{image, wish};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
-use crate::records::{RecordsError, Transaction, UniqueName};
+use crate::records::{FixedPorts, RecordsError, Transaction, UniqueName};
 
 /// The counter that VM numbers come from.
 const NUMBERS: &str = "vm-number";
@@ -73,6 +73,10 @@ impl Workflow for CreateVm {
         let mut transaction = Transaction::new();
         transaction.claim(&name, id.as_str());
         transaction.unchanged(&segment);
+        let forwards: Vec<_> = vm.spec.nics.iter().map(|nic| nic.forwards.clone()).collect();
+        if forwards.iter().flatten().any(|forward| forward.host_port != 0) {
+            transaction.create(&FixedPorts { vm: id.clone(), forwards });
+        }
         let (subject, at) = (vm.full_name(), cluster.host_name(&host));
         let then = if wish.stopped { "leave it stopped" } else { "start it" };
         Ok(Plan {
@@ -106,17 +110,7 @@ async fn recorded(_run: &mut Run<CreateVm>) -> Result<(), Problem> {
 }
 
 async fn forget(run: &mut Run<CreateVm>) -> Result<(), Problem> {
-    let records = &run.cluster.records;
-    loop {
-        let Some(vm) = records.get::<Vm>(run.record.vm.as_str()) else { return Ok(()) };
-        let mut transaction = Transaction::new();
-        transaction.remove(&vm);
-        transaction.release(&UniqueName::vm(&vm.segment, &vm.name));
-        match records.commit(transaction).await {
-            Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
-            other => return other.map(drop).map_err(Into::into),
-        }
-    }
+    forget_vm(&run.cluster, &run.record.vm).await
 }
 
 async fn fetch_image(run: &mut Run<CreateVm>) -> Result<(), Problem> {

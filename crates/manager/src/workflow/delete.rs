@@ -6,14 +6,13 @@ use std::sync::Arc;
 use berth_api::agent::TaskSpec;
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
-use berth_model::vm::Vm;
 use berth_model::{HostId, Problem, ProblemCode, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::vm::{look, reachable_host};
+use super::vm::{forget_vm, look, reachable_host};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
-use crate::records::{RecordsError, Transaction, UniqueName};
+use crate::records::{Transaction, UniqueName};
 
 /// See the module's head.
 pub enum DeleteVm {}
@@ -96,15 +95,5 @@ async fn forget_snapshots(run: &mut Run<DeleteVm>) -> Result<(), Problem> {
 }
 
 async fn forget(run: &mut Run<DeleteVm>) -> Result<(), Problem> {
-    let records = &run.cluster.records;
-    loop {
-        let Some(vm) = records.get::<Vm>(run.record.vm.as_str()) else { return Ok(()) };
-        let mut transaction = Transaction::new();
-        transaction.remove(&vm);
-        transaction.release(&UniqueName::vm(&vm.segment, &vm.name));
-        match records.commit(transaction).await {
-            Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
-            other => return other.map(drop).map_err(Into::into),
-        }
-    }
+    forget_vm(&run.cluster, &run.record.vm).await
 }

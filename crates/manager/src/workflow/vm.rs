@@ -7,12 +7,12 @@ use berth_api::agent::VmDefinition;
 use berth_model::host::{Host, HostState};
 use berth_model::image::Image;
 use berth_model::placement::Candidate;
-use berth_model::vm::{self, GuestState, Vm, VmEvent, VmState, VmStatus};
+use berth_model::vm::{self, GuestState, PortForward, Vm, VmEvent, VmState, VmStatus};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, VmId};
 
 use crate::cluster::Cluster;
 use crate::operations::step::{Run, Workflow};
-use crate::records::Row;
+use crate::records::{FixedPorts, RecordsError, Row, Transaction, UniqueName};
 
 /// Moves a status to the state that was brought about or found, by the model's own steps, and the guest with it.
 ///
@@ -54,15 +54,31 @@ fn way(from: VmState, to: VmState) -> Vec<VmEvent> {
 /// Everything that an agent needs to know of a VM.
 pub(crate) fn definition(cluster: &Cluster, vm: &Vm) -> Result<Box<VmDefinition>, Problem> {
     let image = cluster.records.require::<Image>(vm.spec.image.as_str())?;
+    let mut spec = vm.spec.clone();
+    let fixed = cluster.records.get::<FixedPorts>(vm.id.as_str());
+    for (index, nic) in spec.nics.iter_mut().enumerate() {
+        let wished = fixed.as_ref().and_then(|fixed| fixed.forwards.get(index));
+        wish_for_ports(&mut nic.forwards, wished.map(Vec::as_slice).unwrap_or_default());
+    }
     Ok(Box::new(VmDefinition {
         id: vm.id.clone(),
         number: vm.number,
         full_name: vm.full_name(),
         hostname: vm.name.clone(),
-        spec: vm.spec.clone(),
+        spec,
         image: image.value.clone(),
         first_layer: first_layer(&vm.id),
     }))
+}
+
+/// What its host chose last is not what it must have: only ports that somebody named are asked for again.
+fn wish_for_ports(forwards: &mut [PortForward], wished: &[PortForward]) {
+    for forward in forwards {
+        let same = |wish: &&PortForward| {
+            wish.protocol == forward.protocol && wish.guest_port == forward.guest_port
+        };
+        forward.host_port = wished.iter().find(same).map_or(0, |wish| wish.host_port);
+    }
 }
 
 /// The id of a VM's first writable layer: made of the VM's own, so that it never has to be looked up.
@@ -134,6 +150,21 @@ pub(crate) const fn observed(reported: VmState) -> VmState {
         // A migration that nobody knows of is none; and a host never says that it does not know.
         VmState::Migrating | VmState::Unknown => VmState::Running,
         VmState::Stopped | VmState::Starting | VmState::Running | VmState::Paused => reported,
+    }
+}
+
+/// Removes a VM's record with its name and what else is kept of it; nothing if there is none.
+pub(crate) async fn forget_vm(cluster: &Cluster, vm: &VmId) -> Result<(), Problem> {
+    loop {
+        let Some(row) = cluster.records.get::<Vm>(vm.as_str()) else { return Ok(()) };
+        let mut transaction = Transaction::new();
+        transaction.remove(&row);
+        transaction.release(&UniqueName::vm(&row.segment, &row.name));
+        transaction.forget::<FixedPorts>(vm.as_str());
+        match cluster.records.commit(transaction).await {
+            Err(RecordsError::Conflict { .. }) => cluster.records.catch_up().await?,
+            other => return other.map(drop).map_err(Into::into),
+        }
     }
 }
 

@@ -12,8 +12,8 @@ use berth_model::placement;
 use berth_model::vm::{NICS_MAX, Nic, Vm, VmSpec};
 use berth_model::{HostId, Problem, ProblemCode};
 
-use super::image;
 use super::vm::with_candidates;
+use super::{image, reach, user_data};
 use crate::cluster::Cluster;
 use crate::records::Row;
 
@@ -49,11 +49,17 @@ pub(super) fn spec(
         machine_type: machine_type(wish, &hosts)?,
         cpu_model: cpu_model(wish, &hosts)?,
         nics: nics(cluster, wish, number)?,
-        user_data: checked_user_data(wish)?,
+        user_data: wish.user_data.clone(),
         protected: wish.protected,
         ready_timeout_s: wish.ready_timeout_s.unwrap_or(READY_TIMEOUT_S_DEFAULT),
     };
     spec.check()?;
+    if let Some(text) = &spec.user_data {
+        user_data::check(text)?;
+    }
+    let all = cluster.records.list::<Host>();
+    let inventories: Vec<_> = all.iter().filter_map(|host| host.inventory.as_ref()).collect();
+    reach::check(&spec, &inventories)?;
     Ok(spec)
 }
 
@@ -237,31 +243,6 @@ fn address(
 }
 
 /// User data that cloud-init would refuse is refused here, where somebody reads the answer.
-fn checked_user_data(wish: &CreateVm) -> Result<Option<String>, Problem> {
-    let Some(text) = &wish.user_data else { return Ok(None) };
-    let wrong = |why: &str| {
-        let shown: String = text.lines().next().unwrap_or_default().to_owned();
-        Err(Problem::field("user_data", shown, why))
-    };
-    let head = text.lines().next().unwrap_or_default().trim_end();
-    if head == "#cloud-config" {
-        return match serde_yaml_ng::from_str::<serde_yaml_ng::Value>(text) {
-            Ok(serde_yaml_ng::Value::Mapping(_) | serde_yaml_ng::Value::Null) => Ok(Some(text.clone())),
-            Ok(_) => wrong("a YAML mapping after '#cloud-config'"),
-            Err(error) => wrong(&format!("valid YAML after '#cloud-config' ({error})")),
-        };
-    }
-    let known =
-        ["#!", "#include", "#cloud-boothook", "#part-handler", "#cloud-config-archive", "## template:"];
-    let mime = ["content-type:", "mime-version:"];
-    let lower = head.to_ascii_lowercase();
-    if known.iter().any(|start| head.starts_with(start)) || mime.iter().any(|start| lower.starts_with(start))
-    {
-        return Ok(Some(text.clone()));
-    }
-    wrong("cloud-init user data: a first line of '#cloud-config', '#!…', '#include' or a MIME header")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,22 +261,5 @@ mod tests {
         assert_eq!(first, "52:54:00:00:00:08");
         taken.insert(first);
         assert_eq!(mac(&NewNic::default(), 1, 0, &taken).expect("a mac"), "52:54:00:00:00:09");
-    }
-
-    #[test]
-    fn user_data_that_cloud_init_would_refuse_is_refused() {
-        let with = |text: &str| {
-            let wish = serde_json::json!({"segment": "s", "name": "n", "image": "i", "user_data": text});
-            checked_user_data(&serde_json::from_value(wish).expect("a wish"))
-        };
-        for good in
-            ["#cloud-config\npackages: [vim]\n", "#cloud-config", "#!/bin/sh\ntrue\n", "MIME-Version: 1.0\n"]
-        {
-            assert!(with(good).is_ok(), "{good}");
-        }
-        for bad in ["", "packages: [vim]", "#cloud-config\n- a\n", "#cloud-config\na: [\n", "hello"] {
-            let problem = with(bad).expect_err(bad);
-            assert_eq!(problem.field.as_deref(), Some("user_data"), "{bad}");
-        }
     }
 }

@@ -6,7 +6,7 @@ use super::*;
 fn the_words_of_a_problem_say_what_was_expected() {
     let body = br#"{"segment":"s","name":"n","image":"i","memory_mib":-1}"#;
     let problem = typed_body::<CreateVm>(body).map(drop).expect_err("negative");
-    assert_eq!(problem.message, "memory_mib is '-1': expected u64");
+    assert_eq!(problem.message, "memory_mib is '-1': expected a whole number from 0 on");
     let problem = typed_body::<CreateVm>(b"").map(drop).expect_err("nothing");
     assert_eq!(problem.message, "segment is missing");
     let problem = typed_body::<CreateVm>(b"{x}").map(drop).expect_err("no JSON");

@@ -153,3 +153,31 @@ async fn a_body_that_breaks_off_is_an_error_of_the_request() {
     let got = fixture.send(request, Peer::Anonymous).await;
     assert_eq!((got.status.as_u16(), got.problem().0.as_str()), (400, "invalid-input"));
 }
+
+#[tokio::test]
+async fn a_vm_that_no_host_could_ever_run_is_refused_and_nothing_is_left() {
+    let fixture = Fixture::new().await;
+    for (field, value, code) in [
+        ("memory_mib", json!(0), "invalid-input"),
+        ("memory_mib", json!(1u64 << 40), "invalid-input"),
+        ("disk_mib", json!(0), "invalid-input"),
+        ("disk_mib", json!(1u64 << 50), "invalid-input"),
+        ("vcpus", json!(0), "invalid-input"),
+        ("vcpus", json!(1000), "invalid-input"),
+        ("pool", json!("attic"), "invalid-input"),
+        ("cpu_model", json!("abacus"), "invalid-input"),
+        ("machine_type", json!("isapc"), "invalid-input"),
+        ("nics", json!([{"mac": "nonsense"}]), "invalid-input"),
+        ("name", json!("books"), "already-exists"),
+    ] {
+        let mut wish = json!({"segment": "default", "name": "new", "image": "debian", "memory_mib": 512});
+        wish[field] = value;
+        let got = fixture.admin("POST", "/v1/vms", wish).await;
+        let json = got.json();
+        assert_eq!(got.problem().0, code, "{field}: {json}");
+        assert!(json["field"].as_str().is_some_and(|named| named.starts_with(field)), "{field}: {json}");
+        assert!(json["expected"].is_string() && json["value"].is_string(), "{field}: {json}");
+    }
+    assert_eq!(fixture.get("/v1/vms").await.json()["items"].as_array().map(Vec::len), Some(1));
+    assert_eq!(fixture.get("/v1/operations").await.json()["items"].as_array().map(Vec::len), Some(0));
+}

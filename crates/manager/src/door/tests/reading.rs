@@ -138,6 +138,8 @@ async fn events_of_an_operation_that_is_over_are_its_last_state_and_the_end() {
     let text = String::from_utf8(got.body.to_vec()).expect("text");
     let data = text.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n")).expect("one event");
     assert_eq!(serde_json::from_str::<Operation>(data).expect("an operation"), operation);
+    let record = fixture.audit().await.pop().expect("a record");
+    assert_eq!((record.status, record.finished_at.is_some()), (Some(200), true), "closed with the stream");
     let waited = fixture.get(&format!("{path}/wait?wait_ms=50000")).await.json();
     assert_eq!(waited["state"], "failed", "nothing to wait for");
     let got = fixture.admin("POST", &format!("{path}/cancel"), json!(null)).await;

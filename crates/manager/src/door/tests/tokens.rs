@@ -8,7 +8,7 @@ use http::Request;
 use serde_json::json;
 
 use super::support::{Fixture, Got};
-use crate::auth::guessing::FAILURES_MAX;
+use crate::auth::strangers::WRITTEN_MAX;
 
 async fn whoami(fixture: &Fixture, token: &str) -> Got {
     fixture.call("GET", "/v1/whoami", Some(token), "").await
@@ -115,11 +115,21 @@ async fn secrets_are_nowhere_in_the_store() {
 async fn a_caller_that_hammers_does_not_fill_the_audit_and_locks_out_nobody() {
     let fixture = Fixture::new().await;
     let before = fixture.audit().await.len();
-    for _ in 0..FAILURES_MAX + 50 {
+    for _ in 0..WRITTEN_MAX + 50 {
         assert_eq!(whoami(&fixture, "nonsense").await.status, 401);
     }
-    assert_eq!(fixture.audit().await.len() - before, FAILURES_MAX as usize);
+    assert_eq!(fixture.audit().await.len() - before, WRITTEN_MAX as usize);
     assert_eq!(whoami(&fixture, &fixture.admin).await.status, 200, "the same address, with a good token");
+    let before = fixture.audit().await.len();
+    for _ in 0..WRITTEN_MAX + 50 {
+        assert_eq!(fixture.call("GET", "/healthz", None, "").await.status, 200);
+    }
+    assert_eq!(fixture.audit().await.len() - before, WRITTEN_MAX as usize);
+    for _ in 0..WRITTEN_MAX + 50 {
+        fixture.get("/healthz").await;
+    }
+    let written = fixture.audit().await.len() - before;
+    assert_eq!(written, 2 * WRITTEN_MAX as usize + 50, "who is known is always written down");
 }
 
 #[tokio::test]

@@ -2,10 +2,12 @@
 //!
 //! What is certain, and why:
 //!
-//! - The target runs the guest only after the source gave it away, durably. So a target on which the guest runs owns
-//!   the VM, whatever the source says or fails to say.
+//! - The target lets the guest run only after the source gave it away, durably, and is then no target any more but the
+//!   VM's host. So a target that has the VM and is in no migration owns it, whatever the source says or fails to say,
+//!   and also when the guest has ended there since: what it wrote is on the disk.
 //! - A source that gave the VM away never runs it again by itself. So it may be told to take it back once the target
-//!   has thrown away what it had (`RefuseMigration` done): then nothing is left there that could run.
+//!   has thrown away what it had (`RefuseMigration` done, and nothing of the VM in its report): then nothing is left
+//!   there that could run, and nothing has.
 //! - A source that did not give it away runs it, and the target can't.
 //!
 //! Each loop here ends with one of these, and goes on asking otherwise.
@@ -15,7 +17,6 @@ use std::time::Duration;
 use berth_api::agent::{MigrationSide, TaskSpec, VmReport};
 use berth_model::host::Host;
 use berth_model::migration::MigrationReport;
-use berth_model::vm::VmState;
 use berth_model::{HostId, Problem};
 
 use super::{MigrateVm, Moved};
@@ -44,39 +45,48 @@ pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Mo
             Ok(_) => return Ok(moved),
             Err(refusal) => refusal,
         };
-        let label = format!("give-up-{round}");
-        let shared_pool = record.shared_pool;
-        let spec = TaskSpec::RefuseMigration { migration: migration.clone(), shared_pool };
-        if run.insist(Command { host: target, vm, label: &label, spec }).await.is_ok() {
-            let label = format!("take-back-{round}");
-            let spec = TaskSpec::TakeBack { migration: migration.clone() };
-            let taken = run.insist(Command { host: source, vm, label: &label, spec }).await;
-            let mut message = format!("the target could not let the VM run: {}", refusal.message);
-            if let Err(problem) = taken {
-                message = format!("{message}; and the source could not take it back: {}", problem.message);
+        match ask(run, target).await {
+            Ok(Some(report)) if owns(&report) => {
+                return Ok(Moved { top: report.top.or_else(|| moved.top.clone()), ..moved });
             }
-            return Err(Problem { message, ..refusal });
+            // It has what it was sent, and is told to throw that away; then it is asked again.
+            Ok(Some(_)) => {
+                let label = format!("give-up-{round}");
+                let spec = TaskSpec::RefuseMigration { migration: migration.clone(), shared_pool: record.shared_pool };
+                let _ = run.insist(Command { host: target, vm, label: &label, spec }).await;
+                if !matches!(ask(run, target).await, Ok(None)) {
+                    run.cluster.clock.sleep(AGAIN_AFTER).await;
+                    continue;
+                }
+            }
+            Ok(None) => {}
+            Err(Silent) => {
+                run.cluster.clock.sleep(AGAIN_AFTER).await;
+                continue;
+            }
         }
-        if let Some(report) = ask(run, target).await
-            && runs(&report)
-        {
-            return Ok(Moved { top: report.top.or_else(|| moved.top.clone()), ..moved });
+        let label = format!("take-back-{round}");
+        let spec = TaskSpec::TakeBack { migration: migration.clone() };
+        let taken = run.insist(Command { host: source, vm, label: &label, spec }).await;
+        let mut message = format!("the target could not let the VM run: {}", refusal.message);
+        if let Err(problem) = taken {
+            message = format!("{message}; and the source could not take it back: {}", problem.message);
         }
-        run.cluster.clock.sleep(AGAIN_AFTER).await;
+        return Err(Problem { message, ..refusal });
     }
 }
 
 /// The source says that it failed. That is so, unless its failure was in knowing.
 pub(super) async fn after_failure(run: &mut Run<MigrateVm>, problem: Problem) -> Result<Moved, Problem> {
     let record = run.record.clone();
-    if let Some(report) = ask(run, &record.target).await
-        && runs(&report)
+    if let Ok(Some(report)) = ask(run, &record.target).await
+        && owns(&report)
     {
         return Ok(Moved { report: unmeasured(run), top: report.top });
     }
     let gave_away = matches!(
-        ask(run, &record.source).await.and_then(|report| report.migration),
-        Some(MigrationSide::Source { handed_over: true, .. })
+        ask(run, &record.source).await.map(|report| report.and_then(|report| report.migration)),
+        Ok(Some(MigrationSide::Source { handed_over: true, .. }))
     );
     if gave_away {
         let moved = Moved { report: unmeasured(run), top: None };
@@ -91,7 +101,7 @@ pub(super) async fn seen_on_target(run: &Run<MigrateVm>) -> Moved {
     loop {
         run.cluster.clock.sleep(LOOK_EVERY).await;
         let top = match ask(run, &run.record.target).await {
-            Some(report) if runs(&report) => report.top,
+            Ok(Some(report)) if owns(&report) => report.top,
             _ => continue,
         };
         run.cluster.clock.sleep(SOURCE_MAY_TAKE).await;
@@ -99,14 +109,18 @@ pub(super) async fn seen_on_target(run: &Run<MigrateVm>) -> Moved {
     }
 }
 
-/// Whether the guest runs, or has run and was held or ended, as this host's own: it can then run nowhere else.
-fn runs(report: &VmReport) -> bool {
-    report.state == VmState::Running && !matches!(report.migration, Some(MigrationSide::Source { .. }))
+/// Whether the target that says this has become the VM's host.
+fn owns(report: &VmReport) -> bool {
+    report.migration.is_none()
 }
 
-async fn ask(run: &Run<MigrateVm>, host: &HostId) -> Option<VmReport> {
-    let host = run.cluster.records.get::<Host>(host.as_str())?;
-    run.cluster.agents.report_of(&host, &run.record.vm).await.ok().flatten()
+/// A host did not answer.
+struct Silent;
+
+/// What a host says of the VM; none: it has nothing of it.
+async fn ask(run: &Run<MigrateVm>, host: &HostId) -> Result<Option<VmReport>, Silent> {
+    let host = run.cluster.records.get::<Host>(host.as_str()).ok_or(Silent)?;
+    run.cluster.agents.report_of(&host, &run.record.vm).await.map_err(|_| Silent)
 }
 
 fn unmeasured(run: &Run<MigrateVm>) -> MigrationReport {

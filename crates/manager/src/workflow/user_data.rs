@@ -1,23 +1,32 @@
 //! cloud-init user data: checked before a VM is made, because a guest that can't read it says so only on its console.
 
 use berth_model::Problem;
-use berth_model::vm::USER_DATA_BYTES_MAX;
 
 const CLOUD_CONFIG: &str = "#cloud-config";
 const SCRIPT: &str = "#!";
-const EXPECTED: &str = "'#cloud-config' followed by a YAML mapping, or a script that begins with '#!'";
+/// First lines of the other kinds that cloud-init knows; what follows them is its own to judge.
+const OTHERS: [&str; 7] = [
+    "#include",
+    "#cloud-boothook",
+    "#part-handler",
+    "#cloud-config-archive",
+    "## template:",
+    "content-type:",
+    "mime-version:",
+];
+const EXPECTED: &str = "'#cloud-config' followed by a YAML mapping, a script that begins with '#!', or another of \
+                        cloud-init's own first lines";
 
 /// Checks user data.
 ///
 /// # Errors
-/// When it is neither a cloud-config that YAML can read nor a script.
-pub fn check(text: &str) -> Result<(), Problem> {
-    if text.len() > USER_DATA_BYTES_MAX {
-        let expected = format!("at most {USER_DATA_BYTES_MAX} bytes");
-        return Err(Problem::field("user_data", format!("{} bytes", text.len()), expected));
-    }
+/// When it is neither a cloud-config that YAML can read, nor a script, nor of another kind that cloud-init knows.
+pub(super) fn check(text: &str) -> Result<(), Problem> {
     let first = text.lines().next().unwrap_or_default().trim_end();
-    if first.starts_with(SCRIPT) && first.len() > SCRIPT.len() {
+    let lower = first.to_ascii_lowercase();
+    if first.starts_with(SCRIPT) && first.len() > SCRIPT.len()
+        || OTHERS.iter().any(|head| lower.starts_with(head))
+    {
         return Ok(());
     }
     if first != CLOUD_CONFIG {
@@ -44,6 +53,8 @@ mod tests {
             "#cloud-config\r\npackages: [nginx]\r\n",
             "#cloud-config\n",
             "#!/bin/sh\necho hello\n",
+            "#include\nhttps://example.org/config\n",
+            "Content-Type: multipart/mixed; boundary=x\n",
         ] {
             assert!(check(good).is_ok(), "{good}");
         }
@@ -57,10 +68,8 @@ mod tests {
             "#cloud-config\n- a\n- list\n",
             "#cloud-config\nhostname: [books\n",
             "#cloud-config\n\tx: tabs\n",
-            "#cloud-config-archive\n- x\n",
+            "#cloud-confg\nhostname: books\n",
             "#!",
-            "Content-Type: multipart/mixed\n",
-            &format!("#!/bin/sh\n{}", "x".repeat(USER_DATA_BYTES_MAX)),
         ] {
             let problem = check(bad).expect_err(bad);
             assert_eq!(problem.field.as_deref(), Some("user_data"), "{bad}");
