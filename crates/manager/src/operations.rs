@@ -153,6 +153,11 @@ impl Operations {
         Ok(handle.show())
     }
 
+    /// Whether one that is not over is about this VM.
+    pub(crate) fn is_changing(&self, vm: &VmId) -> bool {
+        self.handles().iter().any(|handle| handle.show().vm.as_ref() == Some(vm))
+    }
+
     /// To which hosts VMs are on their way.
     pub(crate) fn targets(&self) -> HashMap<VmId, HostId> {
         self.handles().iter().filter_map(|handle| handle.target()).collect()

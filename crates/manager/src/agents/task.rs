@@ -119,6 +119,11 @@ impl Drive<'_> {
                 // Cancelled while asking: the next question is the cancel.
                 Ok(None) => {}
                 Err(ClientError::Problem(problem)) => {
+                    if course.version.is_none() && problem.code == ProblemCode::AlreadyExists {
+                        // An earlier manager put it, with an earlier generation: it is the same task all the same.
+                        course.version = Some(0);
+                        continue;
+                    }
                     if course.version.is_some() && problem.code == ProblemCode::NotFound {
                         // The agent was restarted: it is given the task anew, and must be told of the cancel again.
                         course.version = None;

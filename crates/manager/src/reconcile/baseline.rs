@@ -119,6 +119,9 @@ impl Watch {
     }
 
     fn forget_those_gone(&mut self, cluster: &Cluster) {
+        if self.booting_since.is_empty() && self.again_at.is_empty() && self.tries.is_empty() {
+            return;
+        }
         let known: HashSet<VmId> =
             cluster.records.list::<Vm>().iter().map(|vm| vm.value.id.clone()).collect();
         self.booting_since.retain(|id, _| known.contains(id));

@@ -11,7 +11,6 @@ use berth_model::vm::{GuestState, Vm, VmState};
 use berth_model::{HostId, Problem, VmId};
 
 use crate::cluster::Cluster;
-use crate::operations::Filter;
 use crate::records::{Debt, RecordsError};
 use crate::workflow::vm::{lost, observed, settle};
 
@@ -127,10 +126,7 @@ fn is_accounted_for(cluster: &Cluster, host: &HostId, vm: &VmId) -> bool {
         .get::<Vm>(vm.as_str())
         .is_some_and(|row| row.status.host.as_ref() == Some(host) || row.status.operation.is_some());
     // The record of a VM whose creation is being undone goes before its operation does.
-    let being_changed = || {
-        let filter = Filter { vm: Some(vm.clone()), kind: None, active: true };
-        !cluster.operations.list(&filter).is_empty()
-    };
+    let being_changed = || cluster.operations.is_changing(vm);
     let owed = || {
         let debts = cluster.records.list_below::<Debt>(&format!("{host}/"));
         debts.iter().any(|debt| debt.put.vm.as_ref() == Some(vm))

@@ -6,8 +6,8 @@ use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
 use berth_model::snapshot::Snapshot;
-use berth_model::vm::Vm;
-use berth_model::{HostId, ImageId, Timestamp};
+use berth_model::vm::{PortForward, Vm};
+use berth_model::{HostId, ImageId, Timestamp, VmId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,7 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<Snapshot>,
     Table::of::<OperationRow>,
     Table::of::<Debt>,
+    Table::of::<FixedPorts>,
     Table::of::<User>,
     Table::of::<TokenRow>,
     Table::of::<JoinTokenRow>,
@@ -63,6 +64,7 @@ records! {
     Vm: "/vms/", "vm", |vm| vm.id.to_string();
     Snapshot: "/snapshots/", "snapshot", |snapshot| format!("{}/{}", snapshot.vm, snapshot.id);
     OperationRow: "/operations/", "operation", |row| row.operation.id.to_string();
+    FixedPorts: "/fixed-ports/", "fixed ports", |ports| ports.vm.to_string();
     Debt: "/debts/", "debt", |debt| format!("{}/{}", debt.host, debt.task);
 }
 
@@ -82,6 +84,16 @@ impl ImagePlace {
     pub fn id_of(image: &ImageId, pool_uuid: &str) -> String {
         format!("{image}/{pool_uuid}")
     }
+}
+
+/// Ports of the host that a VM was wished to have forwarded. The others are any free ones, chosen anew by each host; in
+/// the VM itself stands what its host chose.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FixedPorts {
+    /// The VM.
+    pub vm: VmId,
+    /// For each of its interfaces.
+    pub forwards: Vec<Vec<PortForward>>,
 }
 
 /// Something that has to be removed from a host that can't be reached now: done as soon as it can.

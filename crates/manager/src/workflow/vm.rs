@@ -74,9 +74,8 @@ pub(crate) fn definition(cluster: &Cluster, vm: &Vm) -> Result<Box<VmDefinition>
 /// What its host chose last is not what it must have: only ports that somebody named are asked for again.
 fn wish_for_ports(forwards: &mut [PortForward], wished: &[PortForward]) {
     for forward in forwards {
-        let same = |wish: &&PortForward| {
-            wish.protocol == forward.protocol && wish.guest_port == forward.guest_port
-        };
+        let same =
+            |wish: &&PortForward| wish.protocol == forward.protocol && wish.guest_port == forward.guest_port;
         forward.host_port = wished.iter().find(same).map_or(0, |wish| wish.host_port);
     }
 }

@@ -20,7 +20,7 @@ use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
 use berth_model::operation::Progress;
 use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
-use berth_model::vm::{GuestState, VmState};
+use berth_model::vm::{GuestState, PortForward, VmState};
 use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, ProblemCode, SnapshotId, VmId};
 use http::{Request, Response};
 use http_body_util::BodyExt;
@@ -57,6 +57,8 @@ pub struct Machine {
     pub guest: GuestState,
     pub side: Option<MigrationSide>,
     pub generation: u64,
+    /// The ports that were wished for when it was last started.
+    pub wished: Vec<Vec<PortForward>>,
     pool_uuid: String,
 }
 
@@ -96,7 +98,7 @@ pub struct FakeAgent {
 
 struct State {
     incarnation: u64,
-    tasks: HashMap<String, watch::Sender<Task>>,
+    tasks: HashMap<String, (watch::Sender<Task>, PutTask)>,
     running: HashMap<String, (tokio::task::AbortHandle, watch::Sender<bool>)>,
     vms: BTreeMap<VmId, Machine>,
     refusals: HashMap<&'static str, Problem>,
@@ -301,7 +303,7 @@ impl FakeAgent {
             }
             ("PUT", ["tasks", id]) => reply(self.put(id, serde_json::from_slice(&body).expect("a task"))),
             ("GET", ["tasks", id]) => {
-                let Some(mut task) = self.lock().tasks.get(*id).map(watch::Sender::subscribe) else {
+                let Some(mut task) = self.lock().tasks.get(*id).map(|(task, _)| task.subscribe()) else {
                     return reply::<Task>(Err(Problem::not_found("task", id)));
                 };
                 let newer = task.wait_for(|task| after.is_none_or(|after| task.version > after));
@@ -311,7 +313,7 @@ impl FakeAgent {
             }
             ("POST", ["tasks", id, "cancel"]) => {
                 let state = self.lock();
-                let Some(task) = state.tasks.get(*id) else {
+                let Some((task, _)) = state.tasks.get(*id) else {
                     return reply::<Task>(Err(Problem::not_found("task", id)));
                 };
                 if let Some((_, cancel)) = state.running.get(*id) {
@@ -325,7 +327,11 @@ impl FakeAgent {
 
     fn put(self: &Arc<Self>, id: &str, put: PutTask) -> Result<Task, Problem> {
         let mut state = self.lock();
-        if let Some(known) = state.tasks.get(id) {
+        if let Some((known, was)) = state.tasks.get(id) {
+            if *was != put {
+                let message = format!("task '{id}' was put before with other content");
+                return Err(Problem::new(ProblemCode::AlreadyExists, message));
+            }
             return Ok(known.borrow().clone());
         }
         if let Some(machine) = put.vm.as_ref().and_then(|vm| state.vms.get_mut(vm)) {
@@ -338,7 +344,7 @@ impl FakeAgent {
         let progress = Progress { phase: kind_of(&put.spec).to_owned(), ..Progress::default() };
         let task = Task { id: id.to_owned(), version: 1, state: TaskState::Running { progress } };
         let sender = watch::Sender::new(task.clone());
-        state.tasks.insert(id.to_owned(), sender.clone());
+        state.tasks.insert(id.to_owned(), (sender.clone(), put.clone()));
         let cancel = watch::Sender::new(false);
         let (agent, id, heard) = (Arc::clone(self), id.to_owned(), cancel.subscribe());
         let name = id.clone();
@@ -417,7 +423,8 @@ impl FakeAgent {
                 self.lock().vms.entry(vm()).or_insert(machine).generation = put.generation;
                 done
             }
-            TaskSpec::StartVm { .. } => self.with(&vm(), |machine, guest| {
+            TaskSpec::StartVm { definition } => self.with(&vm(), |machine, guest| {
+                machine.wished = definition.spec.nics.iter().map(|nic| nic.forwards.clone()).collect();
                 if machine.process == Process::None {
                     machine.process = Process::Running;
                     machine.guest = guest;
@@ -682,6 +689,7 @@ impl FakeAgent {
             guest: GuestState::Off,
             side: None,
             generation: 0,
+            wished: Vec::new(),
             pool_uuid: self.pool_uuid.clone(),
         }
     }
@@ -701,7 +709,7 @@ impl FakeAgent {
             guest: machine.guest,
             migration: machine.side.clone(),
             top: self.pool(|pool| pool.vms.get(vm).map(|files| files.top.clone())),
-            forwards: Vec::new(),
+            forwards: machine.wished.iter().map(|nic| nic.iter().map(given).collect()).collect(),
             trouble: None,
         });
         let vms = vms.collect();
@@ -751,6 +759,11 @@ impl FakeAgent {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
+}
+
+fn given(wish: &PortForward) -> PortForward {
+    let free = if wish.host_port == 0 { 40_000 + wish.guest_port } else { wish.host_port };
+    PortForward { host_port: free, ..wish.clone() }
 }
 
 pub fn default_pool() -> Name {

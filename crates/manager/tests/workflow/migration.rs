@@ -182,3 +182,24 @@ async fn a_migration_that_can_not_be_is_refused_with_the_reason_before_it_starts
     world.check_whole(&cluster).await;
     cluster.shutdown().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_ran_the_guest_keeps_it_although_the_guest_has_ended_since() {
+    // Its disk may have been written to: the source's memory is of another time.
+    let world = World::new(Pools::Shared).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    world.agent(0).script(MoveScript::LostAfterCommit);
+    world.agent(1).hold("take-over");
+    let operation = begun(&cluster, &id).await;
+    until(&cluster, "the target has it", |_| world.net.owners(&id).contains(&world.hosts[1])).await;
+    world.agent(1).kill(&id);
+    world.agent(1).release();
+    let end = over(&cluster, &operation.id).await;
+    assert_eq!(end.state, OperationState::Succeeded, "{end:?}");
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    assert_eq!(vm(&cluster, &id).status.host.as_ref(), Some(&world.hosts[1]));
+    assert_eq!(vm(&cluster, &id).status.state, VmState::Stopped);
+    cluster.shutdown().await;
+}

@@ -3,9 +3,10 @@
 use berth_api::manager::{CreateVm, NewNic, RestoreVm};
 use berth_manager::cluster::{Cluster, Settings};
 use berth_manager::operations::{Begin, Filter, OperationRequest};
+use berth_manager::records::FixedPorts;
 use berth_model::operation::{OperationKind, OperationResult, OperationState};
 use berth_model::snapshot::SnapshotKind;
-use berth_model::vm::{GuestState, Vm, VmState};
+use berth_model::vm::{GuestState, PortForward, Vm, VmState};
 use berth_model::{ImageId, Problem, ProblemCode, VmId};
 
 use crate::agent::Process;
@@ -419,5 +420,24 @@ async fn an_image_is_fetched_once_for_all_that_need_it() {
     quiet(&cluster).await;
     settle(&world, &cluster).await;
     world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_port_that_somebody_named_is_asked_for_again_and_one_that_was_chosen_is_not() {
+    let world = World::new(Pools::Shared).await;
+    let cluster = world.manager_with_hosts().await;
+    let forward = |host_port, guest_port| PortForward { protocol: "tcp".into(), host_port, guest_port };
+    let nic = NewNic { forwards: vec![forward(8080, 80), forward(0, 22)], ..NewNic::default() };
+    let wish = CreateVm { nics: Some(vec![nic]), host: Some("h1".into()), ..wish("books") };
+    let id = done(&cluster, ask(wish)).await.vm.expect("a VM");
+    let ports = |vm: &Vm| -> Vec<u16> { vm.spec.nics[0].forwards.iter().map(|one| one.host_port).collect() };
+    until(&cluster, "the ports are known", |cluster| ports(&vm(cluster, &id)) == [8080, 40_022]).await;
+    done(&cluster, OperationRequest::VmStop { vm: id.clone() }).await;
+    done(&cluster, OperationRequest::VmStart { vm: id.clone() }).await;
+    let wished = world.agent(0).machine(&id).expect("a machine").wished;
+    assert_eq!(wished, vec![vec![forward(8080, 80), forward(0, 22)]]);
+    done(&cluster, OperationRequest::VmDelete { vm: id.clone(), force: true }).await;
+    assert!(cluster.records.list::<FixedPorts>().is_empty());
     cluster.shutdown().await;
 }

@@ -52,7 +52,10 @@ pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Mo
             // It has what it was sent, and is told to throw that away; then it is asked again.
             Ok(Some(_)) => {
                 let label = format!("give-up-{round}");
-                let spec = TaskSpec::RefuseMigration { migration: migration.clone(), shared_pool: record.shared_pool };
+                let spec = TaskSpec::RefuseMigration {
+                    migration: migration.clone(),
+                    shared_pool: record.shared_pool,
+                };
                 let _ = run.insist(Command { host: target, vm, label: &label, spec }).await;
                 if !matches!(ask(run, target).await, Ok(None)) {
                     run.cluster.clock.sleep(AGAIN_AFTER).await;
