@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
 mod demo;
 mod guest;
@@ -22,6 +23,8 @@ enum Chore {
     Guest(guest::Arguments),
     /// Show the main job with its figures.
     Demo(demo::Arguments),
+    /// Take figures, beside the bars and the peers.
+    Bench(bench::Arguments),
     /// The one gate: formatting, house rules, clippy, documents, tests.
     Check(check::Arguments),
     /// Only the house rules: sizes, names, arrows between crates, links.
@@ -32,6 +35,7 @@ fn main() -> Result<()> {
     match Arguments::parse().chore {
         Chore::Guest(arguments) => guest::run(&arguments),
         Chore::Demo(arguments) => demo::run(&arguments),
+        Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Check(arguments) => check::run(&arguments),
         Chore::Tidy => tidy::run(),
     }
