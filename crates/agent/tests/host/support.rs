@@ -87,7 +87,11 @@ impl PeerConnector for Peers {
     }
 }
 
-/// Everything that the test guest needs of the machine: QEMU and its tool.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// An agent over a directory, with the machine's QEMU or with another one (`BERTH_QEMU`, `BERTH_QEMU_ARGUMENTS`).
 pub fn config(root: &Path) -> AgentConfig {
     AgentConfig {
         name: "h1".parse().expect("name"),
@@ -96,8 +100,10 @@ pub fn config(root: &Path) -> AgentConfig {
         state_dir: root.join("state"),
         run_dir: root.join("run"),
         pools: vec![PoolConfig { name: "local".parse().expect("name"), path: root.join("pool") }],
-        qemu_binary: "/usr/bin/qemu-system-x86_64".into(),
-        qemu_arguments: Vec::new(),
+        qemu_binary: variable("BERTH_QEMU").unwrap_or_else(|| "/usr/bin/qemu-system-x86_64".into()).into(),
+        qemu_arguments: variable("BERTH_QEMU_ARGUMENTS")
+            .map(|words| words.split_whitespace().map(str::to_owned).collect())
+            .unwrap_or_default(),
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         network: NetworkConfig::default(),
         user_id_base: 2_000_000,
@@ -298,9 +304,13 @@ pub async fn start_agent(
 ) -> Result<Arc<Agent>, berth_agent::StartError> {
     let scratch =
         berth_agent::sandbox::can_become_users_from(config.user_id_base).then_some(config.user_id_base);
-    let launcher =
-        ProcessLauncher::new(config.qemu_binary.clone(), Vec::new(), config.run_dir.clone(), scratch)
-            .expect("launcher");
+    let launcher = ProcessLauncher::new(
+        config.qemu_binary.clone(),
+        config.qemu_arguments.clone(),
+        config.run_dir.clone(),
+        scratch,
+    )
+    .expect("launcher");
     let handles = Handles {
         launcher: Arc::new(launcher),
         images: Arc::new(QemuImg::new(config.qemu_img_binary.clone(), scratch)),
