@@ -66,7 +66,7 @@ async fn delete(session: &Session, host: String, dry_run: DryRunArguments) -> Re
     let found = session.ask::<HostShow>(&path, &Nothing {}).await?;
     if dry_run.dry_run {
         let summary = format!("would take host {} out of the cluster, if no VM is on it", found.name);
-        return session.would(Action::HostRemove, None, &summary).await;
+        return session.would(Action::HostRemove, Some(found.name.as_str()), &summary).await;
     }
     session.ask::<HostDelete>(&path, &Nothing {}).await?;
     session.output.done(&found, || format!("host {} is no longer in the cluster", found.name))

@@ -61,7 +61,7 @@ async fn delete(session: &Session, image: String, change: ChangeArguments) -> Re
         let found = session.ask::<ImageShow>(&path, &Nothing {}).await?;
         let size = units::bytes(size_bytes(&found));
         let summary = format!("would delete image {} ({size}), if no VM needs it", found.name);
-        return session.would(Action::ImageDelete, None, &summary).await;
+        return session.would(Action::ImageDelete, Some(found.name.as_str()), &summary).await;
     }
     let reply = session.ask::<ImageDelete>(&path, &Nothing {}).await?;
     wait::carry_through_and_tell(session, change, reply, |over| format!("image {} is deleted", over.subject))

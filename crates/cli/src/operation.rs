@@ -2,7 +2,6 @@
 
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{OperationCancel, OperationList, OperationListQuery, OperationPath, OperationShow};
-use berth_model::access::Action;
 use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState};
 use berth_model::{OperationId, Problem, ProblemCode};
 use clap::Subcommand;
@@ -128,7 +127,7 @@ pub async fn cancel(
             return Err(Problem::new(ProblemCode::WrongState, text).into());
         }
         let summary = format!("would ask {} of {} to stop and undo", found.kind, found.subject);
-        return session.would(Action::OperationCancel, None, &summary).await;
+        return session.tried(&summary);
     }
     let operation = session.ask::<OperationCancel>(&path, &Nothing {}).await?;
     let farewell = wait::farewell(&operation.id);

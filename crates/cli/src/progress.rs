@@ -127,10 +127,10 @@ fn draw(bar: &ProgressBar, undoing: bool, progress: &Progress) {
     } else {
         " {spinner} {prefix}  {msg}"
     };
+    bar.set_message(figures(progress).join("   "));
+    bar.set_prefix(headline(undoing, progress));
     let style = ProgressStyle::with_template(template).expect("the template is a constant");
     bar.set_style(style.progress_chars("█░"));
-    bar.set_prefix(headline(undoing, progress));
-    bar.set_message(figures(progress).join("   "));
 }
 
 /// `warm-up  round 3`.

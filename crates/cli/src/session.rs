@@ -140,6 +140,14 @@ impl Session {
         if !reply.allowed {
             return Err(Problem::new(ProblemCode::NotAllowed, reply.reason).into());
         }
+        self.tried(summary)
+    }
+
+    /// Answers what a trial found.
+    ///
+    /// # Errors
+    /// When nobody reads any more.
+    pub fn tried(&self, summary: &str) -> Result<(), Failure> {
         self.output.done(&Tried::new(summary), || summary.to_owned())
     }
 
@@ -176,14 +184,14 @@ impl Session {
 
 /// What a trial answers to programs.
 #[derive(Debug, Serialize)]
-pub struct Tried<'a> {
+struct Tried<'a> {
     dry_run: bool,
     summary: &'a str,
 }
 
 impl<'a> Tried<'a> {
     /// A trial of this.
-    pub const fn new(summary: &'a str) -> Self {
+    const fn new(summary: &'a str) -> Self {
         Self { dry_run: true, summary }
     }
 }

@@ -8,7 +8,6 @@ use berth_api::manager::{
     SnapshotPin, SnapshotShow, SnapshotUnpin, VmRestore, VmShow,
 };
 use berth_model::SnapshotId;
-use berth_model::access::Action;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
 use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotFacts};
@@ -165,7 +164,7 @@ async fn pin(session: &Session, which: &Which, dry_run: DryRunArguments) -> Resu
     if dry_run.dry_run {
         let found = session.ask::<SnapshotShow>(&path, &Nothing {}).await?;
         let summary = format!("would make snapshot {} the baseline of {}", found.name, which.vm);
-        return session.would(Action::SnapshotPin, Some(which.vm.as_str()), &summary).await;
+        return session.tried(&summary);
     }
     let pinned = session.ask::<SnapshotPin>(&path, &Nothing {}).await?;
     session.output.done(&pinned, || format!("snapshot {} is the baseline of {}", pinned.name, which.vm))
@@ -176,7 +175,7 @@ async fn unpin(session: &Session, which: &Which, dry_run: DryRunArguments) -> Re
     if dry_run.dry_run {
         let found = session.ask::<SnapshotShow>(&path, &Nothing {}).await?;
         let summary = format!("would no longer hold snapshot {} of {}", found.name, which.vm);
-        return session.would(Action::SnapshotPin, Some(which.vm.as_str()), &summary).await;
+        return session.tried(&summary);
     }
     let unpinned = session.ask::<SnapshotUnpin>(&path, &Nothing {}).await?;
     session.output.done(&unpinned, || {

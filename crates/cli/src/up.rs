@@ -4,7 +4,7 @@
 //! that talk over TLS. As root each host is a network namespace and VMs are on a bridge; as an ordinary user all
 //! listen on loopback and VMs have user-mode networking.
 //!
-//! Everything is in one directory with a record of what was made ([`directory`]). Running `up` again on it starts what
+//! Everything is in one directory with a record of what was made ([`directory`], [`record`]). Running `up` again on it starts what
 //! is dead and leaves what lives alone; `down` stops what the record and the processes' own marks name, and nothing
 //! else.
 
@@ -14,6 +14,7 @@ mod hosts;
 mod manager;
 mod network;
 mod process;
+mod record;
 
 pub use down::{DownArguments, run as down};
 
@@ -27,7 +28,8 @@ use serde::Serialize;
 use crate::exit::Failure;
 use crate::output::Output;
 use crate::session::Session;
-use directory::{Directory, Mode, Record};
+use directory::Directory;
+use record::{Mode, Record};
 
 /// How many hosts there are when nothing is said: the least with which a VM can move.
 const HOSTS_DEFAULT: u8 = 2;

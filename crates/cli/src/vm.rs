@@ -17,7 +17,7 @@ use crate::arguments::{ChangeArguments, DryRunArguments};
 use crate::exit::Failure;
 use crate::lookup::{HostNames, VmRef};
 use crate::output::{Facts, NOTHING, Table, instant, or_nothing, word};
-use crate::session::{Session, Tried};
+use crate::session::Session;
 use crate::{console, migration, units, wait};
 
 /// What can be done.
@@ -167,7 +167,7 @@ async fn protect(
     let name = changed.full_name();
     if dry_run.dry_run {
         let summary = format!("would see to it that {name} is {not}held against deletion");
-        return session.output.done(&Tried::new(&summary), || summary.clone());
+        return session.tried(&summary);
     }
     session.output.done(&changed, || format!("{name} is {not}held against deletion"))
 }

@@ -18,7 +18,7 @@ use crate::arguments::ChangeArguments;
 use crate::exit::Failure;
 use crate::output::Format;
 use crate::progress::Reporter;
-use crate::session::{Session, Tried};
+use crate::session::Session;
 
 /// How long a manager may be away before we give up. Shorter, and an upgrade of the manager breaks every script that
 /// waits; longer, and a dead one is noticed late.
@@ -52,7 +52,7 @@ pub async fn carry_through(
     let Some(operation) = operation else {
         // Only tried, or there was nothing to do.
         let would = if change.dry_run { "would " } else { "" };
-        session.output.done(&Tried::new(&summary), || format!("{would}{summary}"))?;
+        session.tried(&format!("{would}{summary}"))?;
         return Ok(None);
     };
     if !change.wait() {

@@ -9,7 +9,8 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 
-use super::directory::{self, Directory, MANAGER, Mode, Record};
+use super::directory::{self, Directory, MANAGER};
+use super::record::{Mode, Record};
 use super::{network, process};
 use crate::exit::Failure;
 use crate::output::{Format, Output};

@@ -16,7 +16,8 @@ use berth_model::Timestamp;
 use berth_model::host::{Host, HostState, NetworkMode};
 use berth_model::name::Name;
 
-use super::directory::{Directory, HostEntry, Mode, Record};
+use super::directory::Directory;
+use super::record::{HostEntry, Mode, Record};
 use super::{manager, network, process};
 use crate::config;
 use crate::daemon::{self, AGENT_PORT};

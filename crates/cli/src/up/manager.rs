@@ -11,7 +11,8 @@ use berth_api::manager::WhoAmIShow;
 use berth_manager::ManagerConfig;
 use berth_model::ProblemCode;
 
-use super::directory::{Directory, MANAGER, Mode, Record};
+use super::directory::{Directory, MANAGER};
+use super::record::{Mode, Record};
 use super::{network, process, session};
 use crate::config::{self, ConfigFile, DEFAULT_PORT};
 use crate::exit::Failure;

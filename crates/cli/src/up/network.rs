@@ -18,8 +18,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::FlockOperation;
 
-use super::directory::{Directory, Record, Subnet};
+use super::directory::Directory;
 use super::process;
+use super::record::{Record, Subnet};
 
 const BRIDGE: &str = "br0";
 const UPLINK: &str = "up0";

@@ -18,8 +18,6 @@ use crate::wait;
 
 /// How often the VM is asked. More often buys nothing that a person sees.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// How much longer than the guest may take we wait: the manager says first, and better, what was waited for.
-const GRACE: Duration = Duration::from_secs(15);
 /// How long the manager may take to begin the baseline of a guest that is ready.
 const BASELINE_BEGINS_WITHIN: Duration = Duration::from_secs(60);
 
@@ -52,7 +50,7 @@ pub async fn wait_for(session: &Session, vm: &VmRef, goal: Goal) -> Result<Vm, F
         if now.status.guest == GuestState::Ready {
             ready_since.get_or_insert_with(Instant::now);
         }
-        let timeout = Duration::from_secs(now.spec.ready_timeout_s.into()) + GRACE;
+        let timeout = Duration::from_secs(now.spec.ready_timeout_s.into());
         let late = match ready_since {
             Some(since) => since.elapsed() > BASELINE_BEGINS_WITHIN,
             None => begun.elapsed() > timeout,

@@ -126,7 +126,7 @@ async fn a_trial_says_what_would_be() {
     let outcome = carry_through(&fake.session_in(Format::Json), change(&["--dry-run"]), tried).await;
     assert!(outcome.expect("tried").is_none());
     let said: serde_json::Value = serde_json::from_str(&fake.said()).expect("json");
-    assert_eq!(said, serde_json::json!({"dry_run": true, "summary": "move default/books to h2"}));
+    assert_eq!(said, serde_json::json!({"dry_run": true, "summary": "would move default/books to h2"}));
 }
 
 #[tokio::test]
