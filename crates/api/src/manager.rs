@@ -101,7 +101,7 @@ pub struct DeleteQuery {
 /// What is asked about.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct CanIQuery {
-    /// The action (`vm.restore`).
+    /// The action (`snapshot.restore`).
     #[serde(default)]
     pub action: String,
     /// The resource (`default/books`, a segment's name); none: the cluster.

@@ -291,4 +291,4 @@ pub fn not_allowed(action: Action, principal: &Principal) -> Problem {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -6,6 +6,6 @@ mod enrolment;
 mod hangups;
 mod nonsense;
 mod reading;
-mod support;
+pub(crate) mod support;
 mod tokens;
 mod uploads;

@@ -19,6 +19,8 @@ use tokio::task::JoinHandle;
 
 use super::*;
 
+mod console;
+
 struct Running {
     address: String,
     ca_pem: String,
@@ -37,7 +39,10 @@ fn config(dir: &Path) -> ManagerConfig {
 }
 
 async fn start(dir: &Path) -> Running {
-    let bound = bind(config(dir)).await.expect("a manager");
+    serve(bind(config(dir)).await.expect("a manager"), dir)
+}
+
+fn serve(bound: Bound, dir: &Path) -> Running {
     let (stop, stopped) = watch::channel(false);
     let (address, ca_pem) = (bound.address().to_string(), bound.ca_pem().to_owned());
     let secret = std::fs::read_to_string(dir.join("first-token")).ok().map(|text| text.trim().to_owned());
@@ -164,4 +169,24 @@ async fn an_address_that_is_taken_is_named() {
     let listen = taken.local_addr().expect("an address");
     let error = bind(ManagerConfig { listen, ..config(dir.path()) }).await.err().expect("refused");
     assert_eq!(error.to_string(), format!("can't listen on {listen}"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_managers_certificate_is_renewed_by_itself_before_it_ends() {
+    let clock = Arc::new(SystemClock);
+    let authority = Arc::new(Authority::load(&Authority::create(0).expect("a CA")).expect("a CA"));
+    let certificates = Certificates::issue(authority, Vec::new(), clock).expect("a certificate");
+    let (mut server, mut client) = (certificates.server(), certificates.client());
+    let (first, start) = (Arc::clone(&server.borrow()), tokio::time::Instant::now());
+    let renewed = async {
+        server.changed().await.expect("a new one");
+        client.changed().await.expect("a new one");
+    };
+    tokio::select! {
+        () = certificates.keep_fresh() => unreachable!("it goes on for ever"),
+        () = renewed => {}
+    }
+    assert!(!Arc::ptr_eq(&first, &server.borrow()));
+    let days = start.elapsed().as_secs() / (24 * 3600);
+    assert!(days < u64::try_from(pki::CERTIFICATE_DAYS).expect("a length") / 2, "{days} days");
 }
