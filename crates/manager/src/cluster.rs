@@ -186,18 +186,21 @@ impl Cluster {
             .map_or_else(|| host.to_string(), |row| row.name.to_string())
     }
 
-    /// Memory in MiB that is promised on a host: that of VMs that run there or may, and of those on their way to it.
-    pub fn promised_mib(&self, host: &HostId) -> u64 {
-        let here = self.records.list::<Vm>();
+    /// Memory in MiB that is promised on each host: that of VMs that run there or may, and of those on their way to it.
+    pub fn promised_mib(&self) -> HashMap<HostId, u64> {
         let coming = self.operations.targets();
-        here.iter()
-            .filter(|vm| {
-                let owned = vm.status.host.as_ref() == Some(host);
-                // A VM that is being changed may be about to run.
-                let counts = vm.status.state.may_run() || vm.status.operation.is_some();
-                (owned && counts) || coming.get(&vm.value.id) == Some(host)
-            })
-            .map(|vm| vm.spec.memory_mib.saturating_add(berth_model::placement::VM_OVERHEAD_MIB))
-            .fold(0, u64::saturating_add)
+        let mut promised = HashMap::new();
+        for vm in self.records.list::<Vm>() {
+            let wanted = vm.spec.memory_mib.saturating_add(berth_model::placement::VM_OVERHEAD_MIB);
+            // A VM that is being changed may be about to run.
+            let counts = vm.status.state.may_run() || vm.status.operation.is_some();
+            let here = vm.status.host.as_ref().filter(|_| counts);
+            let there = coming.get(&vm.value.id).filter(|target| here != Some(*target));
+            for host in here.into_iter().chain(there) {
+                let sum: &mut u64 = promised.entry(host.clone()).or_default();
+                *sum = sum.saturating_add(wanted);
+            }
+        }
+        promised
     }
 }

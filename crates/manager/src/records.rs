@@ -121,6 +121,11 @@ impl Records {
         self.follower.read(|copy| copy.list(""))
     }
 
+    /// The records of a kind that `wanted` takes, by id; it must be quick.
+    pub fn list_where<T: Record>(&self, wanted: impl Fn(&T) -> bool) -> Vec<Arc<Row<T>>> {
+        self.follower.read(|copy| copy.list_where(wanted))
+    }
+
     /// All records of a kind whose id begins with `prefix`, by id.
     pub fn list_below<T: Record>(&self, prefix: &str) -> Vec<Arc<Row<T>>> {
         self.follower.read(|copy| copy.list(prefix))

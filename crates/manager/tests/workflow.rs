@@ -2,7 +2,8 @@
 //!
 //! One program for all of it, since linking takes longer than running: `faults` fails and repeats every step of every
 //! workflow, `death` kills the manager after every write, `story` goes through what people do, `migration` through
-//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves.
+//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves, and `trouble` cancels, cuts
+//! off and restarts in every step.
 
 #[path = "support/agent.rs"]
 mod agent;

@@ -377,6 +377,7 @@ async fn finish<W: Workflow>(
             row.operation.result.clone_from(&result);
             row.operation.problem.clone_from(&problem);
             row.operation.finished_at = Some(now);
+            row.operation.progress.phase = state.as_str().to_owned();
             let mut transaction = Transaction::new();
             if let Some(vm) = vm_id.as_ref().and_then(|vm| records.get::<Vm>(vm.as_str()))
                 && vm.status.operation.as_ref() == Some(run.id())

@@ -25,7 +25,7 @@ pub(super) async fn keep(cluster: Arc<Cluster>) {
     let mut watch = Watch::default();
     loop {
         changes.mark_unchanged();
-        for vm in cluster.records.list::<Vm>() {
+        for vm in cluster.records.list_where::<Vm>(lacks_baseline) {
             if let Err(problem) = watch.look(&cluster, &vm).await {
                 tracing::error!(vm = vm.id, %problem, "the baseline could not be seen to");
             }
@@ -36,6 +36,10 @@ pub(super) async fn keep(cluster: Arc<Cluster>) {
             () = cluster.clock.sleep(LOOK_EVERY) => {}
         }
     }
+}
+
+fn lacks_baseline(vm: &Vm) -> bool {
+    vm.status.baseline.is_none()
 }
 
 /// What is only worth remembering while the manager runs.
@@ -122,8 +126,8 @@ impl Watch {
         if self.booting_since.is_empty() && self.again_at.is_empty() && self.tries.is_empty() {
             return;
         }
-        let known: HashSet<VmId> =
-            cluster.records.list::<Vm>().iter().map(|vm| vm.value.id.clone()).collect();
+        let vms = cluster.records.list_where::<Vm>(lacks_baseline);
+        let known: HashSet<VmId> = vms.iter().map(|vm| vm.value.id.clone()).collect();
         self.booting_since.retain(|id, _| known.contains(id));
         self.again_at.retain(|id, _| known.contains(id));
         self.tries.retain(|id, _| known.contains(id));

@@ -102,8 +102,12 @@ impl Watch {
             // Another agent, perhaps with another QEMU.
             self.inventory_due = Instant::now();
         }
-        self.seen = Some((report.incarnation.clone(), report.generation));
-        reports::apply(&self.cluster, host, &report, asked).await;
+        let seen = Some((report.incarnation.clone(), report.generation));
+        // A wait that ended without news is not worth comparing with every VM.
+        if self.seen != seen {
+            self.seen = seen;
+            reports::apply(&self.cluster, host, &report, asked).await;
+        }
         debts::pay(&self.cluster, &self.id);
         Ok(())
     }

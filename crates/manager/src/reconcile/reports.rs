@@ -19,10 +19,7 @@ const ENDED_BY_ITSELF: &str = "its QEMU process ended by itself";
 
 /// Takes a report over.
 pub(super) async fn apply(cluster: &Cluster, host: &Host, report: &AgentReport, asked: u64) {
-    for row in cluster.records.list::<Vm>() {
-        if row.status.host.as_ref() != Some(&host.id) {
-            continue;
-        }
+    for row in cluster.records.list_where::<Vm>(|vm| vm.status.host.as_ref() == Some(&host.id)) {
         let said = report.vms.iter().find(|said| said.vm == row.value.id);
         let news = cluster.watchers.is_news(&row.value.id, asked);
         let mut after = row.value.clone();
@@ -88,11 +85,11 @@ fn note(vm: &mut Vm, host: &Host, said: Option<&VmReport>, news: bool) {
 
 /// The host can't be asked: nothing is known of its VMs.
 pub(super) async fn lose_all(cluster: &Cluster, host: &HostId) -> Result<(), Problem> {
-    for row in cluster.records.list::<Vm>() {
-        let here = row.status.host.as_ref() == Some(host);
-        if !here || matches!(row.status.state, VmState::Stopped | VmState::Unknown) {
-            continue;
-        }
+    let here = |vm: &Vm| {
+        vm.status.host.as_ref() == Some(host)
+            && !matches!(vm.status.state, VmState::Stopped | VmState::Unknown)
+    };
+    for row in cluster.records.list_where::<Vm>(here) {
         let changed = cluster.records.update::<Vm, RecordsError>(&row.id, |vm| {
             if vm.status.host.as_ref() == Some(host) {
                 lost(&mut vm.status);

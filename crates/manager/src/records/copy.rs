@@ -95,6 +95,16 @@ impl Copy {
         rows.take_while(|(id, _)| id.starts_with(below)).map(|(_, row)| typed(row)).collect()
     }
 
+    pub(super) fn list_where<T: Record>(&self, wanted: impl Fn(&T) -> bool) -> Vec<Arc<Row<T>>> {
+        let rows = self.table::<T>().rows.values();
+        rows.filter_map(|row| {
+            let row: &Row<T> = row.downcast_ref()?;
+            wanted(&row.value).then_some(row)
+        })
+        .filter_map(|row| self.get(&row.id))
+        .collect()
+    }
+
     pub(super) fn id_of(&self, key: &str) -> Option<String> {
         self.names.get(key).cloned()
     }

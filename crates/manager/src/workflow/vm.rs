@@ -114,10 +114,10 @@ pub(crate) fn with_candidates<R>(
     hosts: &[Arc<Row<Host>>],
     look: impl FnOnce(&[Candidate<'_>]) -> R,
 ) -> R {
-    let candidates: Vec<Candidate<'_>> = hosts
-        .iter()
-        .map(|host| Candidate { host: &host.value, promised_mib: cluster.promised_mib(&host.value.id) })
-        .collect();
+    let promised = cluster.promised_mib();
+    let promised_mib = |host: &Row<Host>| promised.get(&host.value.id).copied().unwrap_or_default();
+    let candidates: Vec<Candidate<'_>> =
+        hosts.iter().map(|host| Candidate { host: &host.value, promised_mib: promised_mib(host) }).collect();
     look(&candidates)
 }
 
