@@ -130,3 +130,98 @@ fn is_accounted_for(cluster: &Cluster, host: &HostId, vm: &VmId) -> bool {
     };
     owned || owed() || being_changed()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reconcile::Watchers;
+
+    fn vm(state: VmState, busy: bool) -> Vm {
+        let text = serde_json::json!({
+            "id": VmId::from_entropy([1; 10]), "number": 1, "segment": "seg-0000000000000000",
+            "segment_name": "default", "name": "books", "created_at": "2026-11-22T13:05:52Z",
+            "spec": {
+                "vcpus": 1, "memory_mib": 256, "disk_mib": 1024, "image": "img-0000000000000000",
+                "pool": "default", "machine_type": "pc-q35-7.2", "cpu_model": "qemu64", "nics": [],
+                "protected": false, "ready_timeout_s": 300
+            },
+            "status": {
+                "state": state, "guest": "booting", "top_layer": "layer-0000000000000000", "generation": 3,
+                "operation": busy.then_some("op-0000000000000000")
+            }
+        });
+        serde_json::from_value(text).expect("a VM")
+    }
+
+    fn host() -> Host {
+        let text = serde_json::json!({
+            "id": "host-0000000000000000", "name": "h1", "address": "h1:1", "state": "online",
+            "joined_at": "2026-11-22T13:05:52Z"
+        });
+        serde_json::from_value(text).expect("a host")
+    }
+
+    fn said(state: VmState) -> VmReport {
+        let text = serde_json::json!({
+            "vm": VmId::from_entropy([1; 10]), "generation": 3, "state": state, "guest": "ready",
+            "top": "layer-zzzzzzzzzzzzzzzz"
+        });
+        serde_json::from_value(text).expect("a report")
+    }
+
+    fn after(state: VmState, busy: bool, report: Option<VmState>, news: bool) -> Vm {
+        let mut vm = vm(state, busy);
+        note(&mut vm, &host(), report.map(said).as_ref(), news);
+        vm
+    }
+
+    #[test]
+    fn an_operation_says_how_its_vm_is_and_reports_do_not() {
+        for state in
+            [VmState::Stopped, VmState::Starting, VmState::Running, VmState::Paused, VmState::Migrating]
+        {
+            for report in [None, Some(VmState::Stopped), Some(VmState::Running), Some(VmState::Paused)] {
+                let busy = after(state, true, report, true);
+                assert_eq!(busy.status.state, state, "{report:?}");
+                assert_eq!(busy.status.top_layer, vm(state, true).status.top_layer);
+                let free = after(state, false, report, true);
+                assert_eq!(free.status.state, report.unwrap_or(VmState::Stopped), "{state}");
+            }
+        }
+        // Anything is better than not knowing.
+        assert_eq!(after(VmState::Unknown, true, Some(VmState::Paused), true).status.state, VmState::Paused);
+        assert_eq!(after(VmState::Unknown, true, None, true).status.state, VmState::Unknown);
+    }
+
+    #[test]
+    fn what_is_older_than_the_last_operation_says_nothing() {
+        for state in VmState::ALL {
+            for report in [None, Some(VmState::Stopped), Some(VmState::Running)] {
+                assert_eq!(after(state, false, report, false), vm(state, false));
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_is_news_when_its_question_came_after_the_last_operation() {
+        let watchers = Watchers::new();
+        let id = VmId::from_entropy([1; 10]);
+        let early = watchers.instant();
+        assert!(watchers.is_news(&id, early), "there was no operation yet");
+        watchers.fence(&id);
+        assert!(!watchers.is_news(&id, early));
+        assert!(watchers.is_news(&id, watchers.instant()));
+        assert!(watchers.is_news(&VmId::from_entropy([2; 10]), early), "of another VM");
+    }
+
+    #[test]
+    fn a_process_that_ended_by_itself_is_trouble_and_one_that_was_not_seen_to_end_is_not() {
+        let ended = after(VmState::Running, false, Some(VmState::Stopped), true);
+        assert_eq!(ended.status.trouble.as_deref(), Some(ENDED_BY_ITSELF));
+        assert_eq!(ended.status.guest, GuestState::Off);
+        let found = after(VmState::Unknown, false, Some(VmState::Stopped), true);
+        assert_eq!(found.status.trouble, None);
+        let gone = after(VmState::Running, false, None, true);
+        assert_eq!(gone.status.trouble.as_deref(), Some("host h1 knows nothing of it"));
+    }
+}

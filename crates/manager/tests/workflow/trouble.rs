@@ -100,6 +100,45 @@ async fn an_operation_that_is_cancelled_in_any_step_is_undone_or_past_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_cancel_survives_the_manager_that_took_it() {
+    for kind in OperationKind::ALL {
+        let plain = go(kind, Pools::Local, None).await.after;
+        for step in steps_of(kind) {
+            let world = World::new(Pools::Local).await;
+            let first = world.manager_with_hosts().await;
+            let request = prepare(&world, &first, kind).await;
+            quiet(&first).await;
+            let before = world.digest(&first);
+            first.shutdown().await;
+            let (at, mut announced) = mpsc::unbounded_channel();
+            let announce = Arc::new(Announce { kind, step: step.name, at });
+            let second = world.manager_on(MortalStore::immortal(&world.inner), Some(announce)).await;
+            begin(&second, request).await.expect("a beginning");
+            let id = announced.recv().await.expect("the step comes");
+            hold_all(&world);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let _ = second.operations.cancel(&id, "tester").await;
+            second.shutdown().await;
+            // What the hosts were doing takes longer than the next manager needs to undo it.
+            let third = world.manager().await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            release_all(&world);
+            let operation = over(&third, &id).await;
+            quiet(&third).await;
+            settle(&world, &third).await;
+            world.check_whole(&third).await;
+            let case = format!("{kind} cancelled in '{}' of another manager: {operation:?}", step.name);
+            match operation.state {
+                OperationState::Cancelled => assert_eq!(world.digest(&third), before, "{case}"),
+                OperationState::Succeeded => assert_eq!(world.digest(&third), plain, "{case}"),
+                _ => panic!("{case}"),
+            }
+            third.shutdown().await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_operation_waits_for_hosts_that_stop_answering_in_any_step() {
     for kind in OperationKind::ALL {
         let plain = go(kind, Pools::Local, None).await.after;
