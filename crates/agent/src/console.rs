@@ -16,9 +16,12 @@ use crate::launcher::{Duplex, Launcher, Socket};
 /// How much output is kept, in bytes. Less: who comes late sees less of a boot or a panic. More: memory for each VM.
 pub const KEPT_BYTES_MAX: usize = 64 * 1024;
 /// Pieces of output that may wait for one viewer; one that is slower loses the oldest, and keeps the rest.
-const WAITING_PIECES_MAX: usize = 64;
+const WAITING_PIECES_MAX: usize = 256;
 /// Pieces of input that may wait for the guest. A guest that does not read loses what is typed after that.
 const WAITING_INPUTS_MAX: usize = 64;
+/// How long output is gathered before it is shown. Guests write single characters; shown one by one, they would be a
+/// message each. Longer: what is typed comes back late.
+const GATHER: Duration = Duration::from_millis(10);
 /// Pause before a lost connection is made anew.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -78,11 +81,19 @@ impl Console {
 
     async fn carry(&self, stream: &mut Box<dyn Duplex>, typed: &mut mpsc::Receiver<Bytes>) {
         let mut buffer = [0u8; 2048];
+        let mut next_read = tokio::time::Instant::now();
         loop {
+            let gathered = async {
+                tokio::time::sleep_until(next_read).await;
+                stream.read(&mut buffer).await
+            };
             tokio::select! {
-                read = stream.read(&mut buffer) => match read {
+                read = gathered => match read {
                     Ok(0) | Err(_) => return,
-                    Ok(count) => self.show(&buffer[..count]),
+                    Ok(count) => {
+                        self.show(&buffer[..count]);
+                        next_read = tokio::time::Instant::now() + GATHER;
+                    }
                 },
                 input = typed.recv() => {
                     let Some(input) = input else { return };

@@ -1,8 +1,8 @@
 //! Starting QEMU: a handle, so that a simulated cluster can bring a QEMU of its own.
 //!
 //! [`process`] is the real one. What it starts outlives the agent; an agent that starts anew finds its QEMUs again by
-//! their [`ProcessRecord`]s, and ends those that carry its mark and that no record names: they were being started when
-//! it died, and a QEMU is told to run its guest only once it is on record.
+//! their [`ProcessRecord`]s, and ends those that carry its mark, that no record names and whose guest does not run: they
+//! were being started when it died, for a QEMU is told to run its guest only once it is on record.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -290,7 +290,8 @@ pub trait Launcher: Send + Sync {
         run_dir: &'a std::path::Path,
     ) -> BoxFuture<'a, Result<Option<Launched>, LaunchError>>;
 
-    /// Ends every process that this agent's launcher started and that is in none of these records.
+    /// Ends every process that a launcher of this host started, that is in none of these records, and whose guest does
+    /// not run.
     fn end_unknown<'a>(&'a self, known: &'a [ProcessRecord]) -> BoxFuture<'a, ()>;
 
     /// Opens a connection to a socket of a VM's process.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_api::transport::BoxFuture;
+use berth_qmp::commands::QueryStatus;
 use berth_qmp::{ConnectOptions, Events, Qmp};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use tokio::io::unix::AsyncFd;
@@ -134,7 +135,6 @@ impl Launcher for ProcessLauncher {
         Box::pin(async move {
             for pid in proc::with_environment(&mark) {
                 if !known.iter().any(|record| record.pid == pid) {
-                    tracing::warn!(pid, "a QEMU that no record names is ended");
                     end_stray(pid, &mark).await;
                 }
             }
@@ -324,12 +324,17 @@ async fn ended_or(process: &Process, source: berth_qmp::QmpError) -> LaunchError
     }
 }
 
+/// Ends a process that no record names, if its guest does not run: then it was being started when an agent died. One
+/// whose guest runs is left alone, for its record may only be lost, and nobody has leave to stop it.
 async fn end_stray(pid: i32, mark: &[u8]) {
     let Ok(Some(pidfd)) = open_pidfd(pid) else { return };
     // Looked at again now that the process is held: the number may have gone to another since it was found.
-    if !proc::has_environment(pid, mark) {
+    let Some(run_dir) = proc::environment(pid, mark) else { return };
+    if guest_may_run(&run_dir).await {
+        tracing::error!(pid, run_dir = %run_dir.display(), "a QEMU that no record names may be running its guest: it is left alone");
         return;
     }
+    tracing::warn!(pid, "a QEMU that was being started when an agent died is ended");
     if let Err(error) = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL) {
         tracing::warn!(pid, %error, "it can't be ended");
         return;
@@ -339,4 +344,9 @@ async fn end_stray(pid: i32, mark: &[u8]) {
     {
         tracing::error!(pid, "it does not end");
     }
+}
+
+async fn guest_may_run(run_dir: &Path) -> bool {
+    let Ok((qmp, _)) = greet(run_dir, ADOPTION_TIMEOUT).await else { return true };
+    qmp.call(QueryStatus {}).await.map_or(true, |status| status.running)
 }

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_model::host::NetworkMode;
 use berth_model::vm::GuestState;
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::commands::{QueryStatus, Quit};
@@ -76,6 +77,12 @@ impl Drop for Running {
 pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Launched, Problem> {
     let services = Arc::clone(vm.services());
     let hypervisor = services.hypervisor().await.ok_or_else(stopping)?;
+    if services.config.network.mode == NetworkMode::User
+        && let Some(before) = vm.process()
+    {
+        // Its ports are free only when it is gone. A tap is waited for by itself.
+        let _ = tokio::time::timeout(END_TIMEOUT, before.exited()).await;
+    }
     let lease = network::lease(&services, vm.definition()?, &vm.host_record()?.forwards).await?;
     let forwards = lease.forwards.clone();
     vm.change_host_record(|record| record.forwards = forwards).await?;

@@ -101,6 +101,11 @@ impl Daemon {
     }
 
     async fn task(&self, definition: &VmDefinition, name: &str, spec: TaskSpec) {
+        let state = self.ended(definition, name, spec).await;
+        assert!(matches!(state, TaskState::Succeeded { .. }), "{state:?}");
+    }
+
+    async fn ended(&self, definition: &VmDefinition, name: &str, spec: TaskSpec) -> TaskState {
         let client = self.client(&self.manager);
         let path = TaskPath { task: format!("{}.{name}", definition.id) };
         let put = PutTask { vm: Some(definition.id.clone()), generation: 1, spec };
@@ -109,7 +114,7 @@ impl Daemon {
             let query = TaskQuery { after: Some(task.version), wait_ms: Some(10_000) };
             task = client.call::<TaskShow>(&path, &query, &()).await.expect("shown");
         }
-        assert!(matches!(task.state, TaskState::Succeeded { .. }), "{task:?}");
+        task.state
     }
 
     async fn make(&self, definition: &VmDefinition) {
@@ -160,22 +165,50 @@ async fn an_agent_that_was_killed_finds_its_vm_running() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_qemu_that_no_record_names_is_ended_at_the_start() {
+async fn a_qemu_that_was_being_started_when_the_agent_died_is_ended() {
+    let mut daemon = Daemon::new();
+    let config = config(daemon.root.path());
+    let run_dir = config.run_dir.join(definition(1, &[]).id.as_str());
+    std::fs::create_dir_all(&run_dir).expect("made");
+    let mut half_started = Command::new(&config.qemu_binary)
+        .args(&config.qemu_arguments)
+        .args(["-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp"])
+        .arg(format!("unix:{}/qmp.sock,server=on,wait=off", run_dir.display()))
+        .env("BERTH_RUN", &run_dir)
+        .spawn()
+        .expect("QEMU");
+    let listens = async {
+        while !run_dir.join("qmp.sock").exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, listens).await.expect("QEMU listens");
+    daemon.start().await;
+    // The agent answers only after it has looked for such.
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(half_started.wait().expect("ended").signal(), Some(9));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_whose_record_was_lost_is_neither_stopped_nor_started_twice() {
     let mut daemon = Daemon::new();
     daemon.start().await;
     let definition = definition(1, &[]);
     daemon.make(&definition).await;
     daemon.kill();
-    // As if the agent had died between starting it and writing it down.
     let path = daemon.root.path().join(format!("state/vms/{}/host.json", definition.id));
-    let mut record: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&path).expect("record")).expect("JSON");
+    let text = std::fs::read(&path).expect("record");
+    let mut record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
     record["process"] = serde_json::Value::Null;
     std::fs::write(&path, record.to_string()).expect("record");
     daemon.start().await;
     let mark = [b"BERTH_RUN=", daemon.root.path().as_os_str().as_encoded_bytes()].concat();
-    assert_eq!(berth_agent::launcher::process::proc::with_environment(&mark), Vec::<i32>::new());
-    assert_eq!(daemon.states().await, [VmState::Stopped]);
+    assert_eq!(berth_agent::launcher::process::proc::with_environment(&mark).len(), 1);
+    let start = TaskSpec::StartVm { definition: Box::new(definition.clone()) };
+    let TaskState::Failed { problem } = daemon.ended(&definition, "again", start).await else {
+        panic!("a second one was started")
+    };
+    assert!(problem.message.contains("lock"), "{problem}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,10 @@
 //! What the kernel tells of processes.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 /// When a process started, in clock ticks since the machine's boot.
 ///
@@ -37,8 +40,15 @@ pub fn with_environment(beginning: &[u8]) -> Vec<i32> {
 
 /// Whether a process has a variable that begins so in the environment that it was started with.
 pub fn has_environment(pid: i32, beginning: &[u8]) -> bool {
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|&byte| byte == 0).any(|variable| variable.starts_with(beginning))
+    environment(pid, beginning).is_some()
+}
+
+/// The value, as a path, of the variable that begins so in the environment that a process was started with.
+pub fn environment(pid: i32, beginning: &[u8]) -> Option<PathBuf> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let variable = environment.split(|&byte| byte == 0).find(|variable| variable.starts_with(beginning))?;
+    let value = variable.splitn(2, |&byte| byte == b'=').nth(1)?;
+    Some(OsStr::from_bytes(value).into())
 }
 
 #[cfg(test)]
