@@ -29,7 +29,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// The nouns.
+/// What there is to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Bring up a whole cluster on this machine, to try it
@@ -50,6 +50,19 @@ pub enum Command {
     },
     /// Say which cluster to talk to, and who you are
     Login(login::Arguments),
+    /// What is asked of a manager.
+    #[command(flatten)]
+    Noun(Noun),
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// The nouns, each with its verbs in a file of its own.
+#[derive(Debug, Subcommand)]
+pub enum Noun {
     /// Who you are
     Whoami,
     /// Whether you may do something, and why (exit code 3: you may not)
@@ -113,11 +126,6 @@ pub enum Command {
         /// What to do.
         #[command(subcommand)]
         verb: audit::Verb,
-    },
-    /// Print completions for a shell
-    Completions {
-        /// Which shell
-        shell: clap_complete::Shell,
     },
 }
 

@@ -32,11 +32,12 @@ mod vm;
 #[cfg(test)]
 mod fake;
 
+use std::future::Future;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
-use arguments::{Cli, Command};
+use arguments::{Cli, Command, Noun};
 use exit::Failure;
 use output::Output;
 use session::Session;
@@ -47,58 +48,51 @@ fn main() -> ExitCode {
         Err(error) => return exit::usage(&error, std::env::args_os()),
     };
     let output = Output::to_terminal(cli.output);
-    let result = match cli.command {
-        Command::Manager { verb } => daemon::manager(verb),
-        Command::Agent { verb } => daemon::agent(verb, &output),
-        command => ask(command, output.clone()),
-    };
-    match result {
+    match run(cli.command, &output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => exit::report(&failure, &output),
     }
 }
 
-fn ask(command: Command, output: Output) -> Result<(), Failure> {
+fn run(command: Command, output: &Output) -> Result<(), Failure> {
+    match command {
+        Command::Up(arguments) => block_on(up::run(arguments, output)),
+        Command::Down(arguments) => block_on(up::down(arguments, output)),
+        Command::Manager { verb } => daemon::manager(verb),
+        Command::Agent { verb } => daemon::agent(verb, output),
+        Command::Login(arguments) => block_on(login::run(arguments, output)),
+        Command::Noun(noun) => block_on(async { ask(noun, &Session::open(output.clone())?).await }),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "berth", &mut script);
+            output.text(&String::from_utf8_lossy(&script))
+        }
+    }
+}
+
+async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
+    match noun {
+        Noun::Whoami => access::whoami(session).await,
+        Noun::CanI(arguments) => access::can_i(session, arguments).await,
+        Noun::Host { verb } => host::run(session, verb).await,
+        Noun::Segment { verb } => segment::run(session, verb).await,
+        Noun::Image { verb } => image::run(session, verb).await,
+        Noun::Vm { verb } => vm::run(session, verb).await,
+        Noun::Snapshot { verb } => snapshot::run(session, verb).await,
+        Noun::Migration { verb } => migration::run(session, verb).await,
+        Noun::Operation { verb } => operation::run(session, verb).await,
+        Noun::User { verb } => user::run(session, verb).await,
+        Noun::Token { verb } => token::run(session, verb).await,
+        Noun::Audit { verb } => audit::run(session, verb).await,
+    }
+}
+
+/// Runs what only asks and waits, for which one thread is enough.
+fn block_on(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(anyhow::Error::new)?;
-    let result = runtime.block_on(run(command, output));
+    let result = runtime.block_on(work);
     // A thread may still sit in a read of a file: it must not keep the process.
     runtime.shutdown_background();
     result
-}
-
-async fn run(command: Command, output: Output) -> Result<(), Failure> {
-    match command {
-        Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "berth", &mut std::io::stdout());
-            Ok(())
-        }
-        Command::Up(arguments) => up::run(arguments, &output).await,
-        Command::Down(arguments) => up::down(arguments, &output).await,
-        Command::Login(arguments) => login::run(arguments, &output).await,
-        noun => ask_manager(noun, &Session::open(output)?).await,
-    }
-}
-
-async fn ask_manager(noun: Command, session: &Session) -> Result<(), Failure> {
-    match noun {
-        Command::Up(_)
-        | Command::Down(_)
-        | Command::Manager { .. }
-        | Command::Agent { .. }
-        | Command::Login(_)
-        | Command::Completions { .. } => Ok(()),
-        Command::Whoami => access::whoami(session).await,
-        Command::CanI(arguments) => access::can_i(session, arguments).await,
-        Command::Host { verb } => host::run(session, verb).await,
-        Command::Segment { verb } => segment::run(session, verb).await,
-        Command::Image { verb } => image::run(session, verb).await,
-        Command::Vm { verb } => vm::run(session, verb).await,
-        Command::Snapshot { verb } => snapshot::run(session, verb).await,
-        Command::Migration { verb } => migration::run(session, verb).await,
-        Command::Operation { verb } => operation::run(session, verb).await,
-        Command::User { verb } => user::run(session, verb).await,
-        Command::Token { verb } => token::run(session, verb).await,
-        Command::Audit { verb } => audit::run(session, verb).await,
-    }
 }

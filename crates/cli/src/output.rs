@@ -105,6 +105,14 @@ impl Output {
         self.answer(&serde_json::to_string(event).expect("answers are plain data"))
     }
 
+    /// Text that is the same in every format.
+    ///
+    /// # Errors
+    /// When nobody reads any more.
+    pub fn text(&self, text: &str) -> Result<(), Failure> {
+        self.answer(text.trim_end())
+    }
+
     /// A remark on standard error, for people.
     pub fn remark(&self, text: &str) {
         if self.format != Format::Json {

@@ -195,3 +195,6 @@ impl<'a> Tried<'a> {
         Self { dry_run: true, summary }
     }
 }
+
+#[cfg(test)]
+mod tests;
