@@ -21,6 +21,8 @@ pub const JSON_BYTES_MAX: usize = 1 << 20;
 const JSON_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a serde message has between what is wrong and what would be right.
 const EXPECTED: &str = "expected ";
+/// How a serde message begins that says which field is not there.
+const MISSING: &str = "missing field `";
 
 /// Path, query and body of a request.
 pub struct Input<E: Endpoint> {
@@ -133,19 +135,21 @@ fn typed_value<T: DeserializeOwned>(value: Value) -> Result<T, Problem> {
         // Optional parents show as question marks.
         unknown.get_or_insert_with(|| path.to_string().replace("?.", ""));
     });
-    match (result, unknown) {
-        (Ok(typed), None) => Ok(typed),
-        (Ok(_), Some(field)) => {
-            let given = at(&value, &field).map(plain).unwrap_or_default();
-            Err(unknown_field(&field, &given))
-        }
-        (Err(error), _) => Err(field_problem(&track.path().to_string(), &value, &error.to_string())),
+    // A misspelt field is missing under its right name as well: the slip says more than the gap.
+    if let Some(field) = unknown.filter(|_| result.as_ref().err().is_none_or(is_about_a_gap)) {
+        let given = at(&value, &field).map(plain).unwrap_or_default();
+        return Err(unknown_field(&field, &given));
     }
+    result.map_err(|error| field_problem(&track.path().to_string(), &value, &error.to_string()))
+}
+
+fn is_about_a_gap(error: &serde_json::Error) -> bool {
+    error.to_string().starts_with(MISSING)
 }
 
 fn field_problem(path: &str, value: &Value, message: &str) -> Problem {
     let parent = if path == "." { String::new() } else { format!("{path}.") };
-    if let Some(name) = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next()) {
+    if let Some(name) = message.strip_prefix(MISSING).and_then(|rest| rest.split('`').next()) {
         let field = format!("{parent}{name}");
         let problem = Problem::new(ProblemCode::InvalidInput, format!("{field} is missing"));
         return problem.at(field, "", "a value");

@@ -42,6 +42,7 @@ async fn a_wrong_field_is_named_with_its_value_and_what_was_expected() {
         (vm("name", json!("Not A Name")), "name", "Not A Name"),
         (vm("nics", json!([{}, {"mac": 7}])), "nics[1].mac", "7"),
         (vm("protectd", json!(true)), "protectd", "true"),
+        (json!({"segment": "default", "nam": "new", "image": "debian"}), "nam", "new"),
         (vm("nics", json!([{"adress": "dhcp"}])), "nics.0.adress", "dhcp"),
         (vm("user_data", json!("hostname: x")), "user_data", "hostname: x"),
         (vm("ready_timeout_s", json!(0)), "ready_timeout_s", "0"),
