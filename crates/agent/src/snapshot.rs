@@ -62,7 +62,10 @@ pub async fn take(
 ) -> Result<TaskOutput, Problem> {
     let started = Instant::now();
     let facts = match archive::read(vm.dirs()?, snapshot) {
-        Ok(manifest) => manifest.facts,
+        Ok(manifest) => {
+            freeze(vm, last(&manifest.layers)?).await;
+            manifest.facts
+        }
         Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
             take_of_machine(vm, context, snapshot, new_top, started).await?
         }
@@ -316,10 +319,10 @@ async fn put_away(
     started: Instant,
 ) -> Result<SnapshotFacts, Problem> {
     let definition = vm.definition()?.clone();
-    let newest = vm.dirs()?.layer(last(&facts.layers)?);
+    let newest_layer = last(&facts.layers)?.clone();
+    let newest = vm.dirs()?.layer(&newest_layer);
     let snapshot = snapshot.clone();
-    blocking(move || {
-        layers::freeze(&newest)?;
+    let facts = blocking(move || {
         let file = std::fs::File::open(&newest).map_err(FileError::io(&newest, "opened"))?;
         file.sync_all().map_err(FileError::io(&newest, "brought to the disk"))?;
         facts.disk_stored_bytes =
@@ -331,7 +334,17 @@ async fn put_away(
         draft.finish(&manifest)?;
         Ok(facts)
     })
-    .await
+    .await?;
+    freeze(vm, &newest_layer).await;
+    Ok(facts)
+}
+
+/// The snapshot is whole: a layer that could still be written to is worth a warning, and is tried again at the next
+/// occasion.
+async fn freeze(vm: &VmRuntime, layer: &LayerId) {
+    if let Err(error) = layers::freeze(vm, layer).await {
+        tracing::warn!(vm = %vm.id(), %layer, %error, "a snapshot's layer can't be made read-only");
+    }
 }
 
 /// After a failure: the guest on the layer that it had, the new one gone, and the record saying so.
@@ -396,7 +409,7 @@ fn split_chain(vm: &VmRuntime, new_top: &LayerId) -> Result<(Vec<LayerId>, u64),
         let message = format!("{new_top} can't be the next layer of {}", vm.id());
         return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
     }
-    Ok((frozen, vm.memory_mib()?.saturating_mul(1 << 20)))
+    Ok((frozen, vm.memory_bytes()?))
 }
 
 fn last(layers: &[LayerId]) -> Result<&LayerId, Problem> {

@@ -20,6 +20,7 @@ use crate::console::Console;
 use crate::durable::{self, blocking};
 use crate::launcher::{Exit, Launched, Process};
 use crate::layout::{HostRecord, VmDirs, VmRecord};
+use crate::qemu;
 use crate::services::Services;
 use crate::vm::process::Running;
 
@@ -157,12 +158,18 @@ impl VmRuntime {
         Ok(&self.vm_record()?.chain)
     }
 
-    /// The guest's memory in MiB.
+    /// The guest's memory in bytes, as its QEMU is told.
     ///
     /// # Errors
-    /// When the VM was not prepared here.
-    pub fn memory_mib(&self) -> Result<u64, Problem> {
-        Ok(self.definition()?.spec.memory_mib)
+    /// When the VM was not prepared here, or it is not known yet what runs guests on this host.
+    pub fn memory_bytes(&self) -> Result<u64, Problem> {
+        let memory_mib = self.definition()?.spec.memory_mib;
+        let hypervisor = self.services().hypervisor.borrow();
+        let accelerator = hypervisor.as_ref().map(|hypervisor| hypervisor.accelerator);
+        let accelerator = accelerator.ok_or_else(|| {
+            Problem::new(ProblemCode::Hypervisor, "QEMU has not been asked yet what it can do")
+        })?;
+        Ok(qemu::memory_bytes(memory_mib, accelerator))
     }
 
     /// The user and group of the VM's process; none when it is the agent's own.
@@ -298,8 +305,9 @@ impl VmRuntime {
         Ok(())
     }
 
-    /// Starts a process for this VM, beside its present one if it has one. It is not the VM's until
-    /// [`Self::install`], and its guest does not run.
+    /// Starts a process for this VM. One that it has already must have been killed, though it need not be gone: its
+    /// sockets and its ports go to the new one. The new one is not the VM's until [`Self::install`], and its guest does
+    /// not run.
     ///
     /// # Errors
     /// When the process does not come up; there is then none.

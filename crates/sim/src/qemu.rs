@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use berth_agent::launcher::Exit;
 use berth_model::VmId;
+use berth_model::host::Accelerator;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -228,7 +229,7 @@ impl FakeQemu {
             ended: false,
         };
         let shared = Shared {
-            memory_bytes: start.memory_mib << 20,
+            memory_bytes: berth_agent::qemu::memory_bytes(start.memory_mib, Accelerator::Tcg),
             image,
             start,
             world,

@@ -93,7 +93,7 @@ fn check(vm: &VmRuntime, manifest: &Manifest, files: &SnapshotFiles, new_top: &L
     if let Some(memory) = &manifest.memory {
         let path = files.memory();
         let length = std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?.len();
-        let expected = manifest.definition.spec.memory_mib.saturating_mul(1 << 20);
+        let expected = vm.memory_bytes()?;
         if length != memory.bytes || length != expected {
             return Err(archive::ArchiveError::Damaged {
                 snapshot: manifest.snapshot.clone(),
