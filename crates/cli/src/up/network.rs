@@ -239,10 +239,10 @@ mod tests {
     fn a_subnet_that_a_route_leads_to_is_not_taken() {
         let routes = "\
 default via 192.0.2.1 dev eth0
-192.0.2.0/24 dev eth0 proto kernel scope link src 192.0.2.2
+192.0.2.0/24 dev eth0 proto kernel scope link
 198.18.0.0/16 dev tun0
 blackhole 198.19.0.0/17
-local 198.19.128.1 dev berth-x table local proto kernel scope host src 198.19.128.1
+local 198.19.128.1 dev berth-x table local proto kernel scope host
 broadcast 198.19.129.255 dev berth-y table local
 ";
         let taken = parse_routes(routes);
