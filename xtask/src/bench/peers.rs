@@ -24,7 +24,7 @@ mod qmp;
 /// The machine that the peers' guests have.
 const MACHINE: &str = "pc-q35-7.2";
 /// Its processor.
-const CPU: &str = "qemu64";
+const CPU: &str = "Nehalem";
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// What libvirt as a peer is made of: a file of it, and the package that has the file.
 const LIBVIRT: [(&str, &str); 3] = [

@@ -19,6 +19,10 @@ use crate::bench::work::{self, GUEST_MIB, WHOLE, number};
 /// The guest's last number in the network.
 const GUEST: u8 = 100;
 const PORT: u16 = 4444;
+/// The guest's memory in KiB, 8 KiB more than ours are told to have. QEMU before 9 under TCG loses writes that a guest
+/// makes while it is sent, and the guest dies, when the memory's length is a multiple of 256 KiB: its quick way to read
+/// the dirty bitmap then leaves the translator's own marks as they were. Any other length takes the slow and right way.
+const GUEST_KIB: u32 = GUEST_MIB * 1024 + 8;
 /// How long a move may take: five times what the link needs for all of the guest.
 const MOVE_MAX: Duration = Duration::from_secs(90);
 /// QEMU's own default, in milliseconds.
@@ -33,7 +37,7 @@ const LIMIT_SMALL_MS: u32 = 30;
 pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
     let mut net = Net::make()?;
     let mut places = Vec::new();
-    for name in ["a", "b"] {
+    for name in ["host-a", "host-b"] {
         let (namespace, address) = net.add_host(name, Some(LINK_MBIT))?;
         net.add_tap(&namespace, "tap0")?;
         places.push(Place { namespace, address });
@@ -186,10 +190,10 @@ fn words(boot: &Boot, disk: &Path, socket: &Path) -> Result<Vec<String>> {
     let (disk, socket) = (disk.to_str().context("path")?, socket.to_str().context("path")?);
     let lists = [
         "-nodefaults -no-user-config -display none -vga none".to_owned(),
-        format!("-machine {MACHINE},usb=off -accel tcg,thread=multi -cpu {CPU} -smp 1 -m {GUEST_MIB}M"),
+        format!("-machine {MACHINE},usb=off -accel tcg,thread=multi -cpu {CPU} -smp 1 -m {GUEST_KIB}K"),
         "-netdev tap,id=net0,ifname=tap0,script=no,downscript=no,vhost=off".to_owned(),
         "-device virtio-net-pci,romfile=,netdev=net0,mac=52:54:00:be:27:01".to_owned(),
-        "-device virtio-blk-pci,drive=disk0 -device virtio-rng-pci".to_owned(),
+        "-device virtio-blk-pci,drive=disk0 -device virtio-rng-pci -serial null".to_owned(),
     ];
     let mut words: Vec<String> = lists.iter().flat_map(|list| list.split(' ').map(str::to_owned)).collect();
     words.extend([
