@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError};
 
 use berth_api::pki::Authority;
 use berth_model::vm::Vm;
-use berth_model::{HostId, LayerId, OperationId, Problem, SnapshotId, VmId};
+use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode, SnapshotId, VmId};
 use berth_store::Store;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -111,7 +111,7 @@ impl Cluster {
     /// Goes on with every operation that is not over, and begins to watch hosts and VMs.
     ///
     /// # Errors
-    /// When an operation's record can't be understood.
+    /// When it is being shut down already.
     pub fn start(self: &Arc<Self>) -> Result<(), Problem> {
         self.operations.resume()?;
         crate::reconcile::start(self);
@@ -142,6 +142,24 @@ impl Cluster {
                 () = task => {}
             }
         });
+    }
+
+    /// Runs work that must not stop half-way because whoever waits for it has gone.
+    ///
+    /// # Errors
+    /// That the cluster is being shut down, or the work broke off.
+    pub(crate) async fn whole<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        self.spawn(async move {
+            let _ = sender.send(work.await);
+        });
+        receiver.await.map_err(|_| match self.is_stopping() {
+            true => Problem::new(ProblemCode::Unreachable, "the manager is being stopped"),
+            false => Problem::new(ProblemCode::Internal, "the work broke off; the manager's log says where"),
+        })
     }
 
     /// To be held while something is decided that depends on what is *not* there or on a sum (is the segment empty,

@@ -9,6 +9,7 @@
 //! is next (which may be half done or done and not noted: every step bears that), `undoing` ones at the undo that is
 //! next.
 
+mod begin;
 mod engine;
 mod handle;
 pub mod interfere;
@@ -72,7 +73,10 @@ impl Operations {
     /// [`ProblemCode::Busy`] naming the operation that has the slot; [`ProblemCode::Changed`] when `if_match` does
     /// not match; what the workflow's own checks refuse. Then nothing has happened.
     pub async fn begin(&self, begin: Begin) -> Result<OperationRef, Problem> {
-        engine::begin(&self.cluster()?, begin, false).await
+        let cluster = self.cluster()?;
+        let owned = Arc::clone(&cluster);
+        // Whoever asks may hang up: an operation that is written down must be begun all the same.
+        cluster.whole(async move { begin::begin(&owned, begin, false).await }).await?
     }
 
     /// The same checks, and nothing else; the answer has no operation.
@@ -80,7 +84,7 @@ impl Operations {
     /// # Errors
     /// As [`Self::begin`].
     pub async fn dry_run(&self, begin: Begin) -> Result<OperationRef, Problem> {
-        engine::begin(&self.cluster()?, begin, true).await
+        begin::begin(&self.cluster()?, begin, true).await
     }
 
     /// How an operation stands.
@@ -149,7 +153,8 @@ impl Operations {
             return Err(Problem::new(ProblemCode::WrongState, message));
         };
         let cluster = self.cluster()?;
-        handle.cancel(&cluster, actor).await?;
+        let (owned, heard, actor) = (Arc::clone(&cluster), Arc::clone(&handle), actor.to_owned());
+        cluster.whole(async move { heard.cancel(&owned, &actor).await }).await??;
         Ok(handle.show())
     }
 
@@ -166,9 +171,10 @@ impl Operations {
     /// Goes on with every operation that is not over.
     pub(crate) fn resume(&self) -> Result<(), Problem> {
         let cluster = self.cluster()?;
-        for row in cluster.records.list::<OperationRow>() {
-            if !row.operation.state.is_over() {
-                engine::resume(&cluster, &row)?;
+        for row in cluster.records.list_where::<OperationRow>(|row| !row.operation.state.is_over()) {
+            // One that can't be understood holds its VM, and nothing else.
+            if let Err(problem) = engine::resume(&cluster, &row) {
+                tracing::error!(operation = row.id, %problem, "an operation is left as it is");
             }
         }
         Ok(())

@@ -1,26 +1,22 @@
-//! Beginning, going on, undoing, ending: the same for every workflow.
+//! Going on, undoing, ending: the same for every workflow.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_api::manager::OperationRef;
-use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState, Progress};
+use berth_model::operation::{OperationKind, OperationResult, OperationState};
 use berth_model::vm::Vm;
 use berth_model::{Problem, ProblemCode};
 use futures_util::FutureExt;
 
-use super::Begin;
 use super::handle::Handle;
 use super::interfere::Meddling;
 use super::row::OperationRow;
-use super::step::{About, Desk, Plan, Run, Step, StepFn, StepInfo, Workflow};
+use super::step::{Run, Step, StepFn, StepInfo, Workflow};
 use crate::cluster::Cluster;
-use crate::records::{RecordsError, Row, Transaction};
+use crate::records::{Row, Transaction};
 use crate::workflow;
 
-/// How often a beginning is tried again when the VM changes in between (reports change it, too).
-const BEGIN_ATTEMPTS_MAX: usize = 64;
 /// How often an undo that fails is tried again before the operation ends without it.
 const UNDO_ATTEMPTS_MAX: u32 = 4;
 /// First and longest pause before a step or an undo that failed is tried again.
@@ -46,112 +42,7 @@ macro_rules! for_workflow {
         }
     };
 }
-
-type Beginning<'a> = berth_api::transport::BoxFuture<'a, Result<OperationRef, Problem>>;
-
-pub(super) async fn begin(
-    cluster: &Arc<Cluster>,
-    begin: Begin,
-    dry_run: bool,
-) -> Result<OperationRef, Problem> {
-    fn boxed<W: Workflow>(cluster: &Arc<Cluster>, begin: Begin, dry_run: bool) -> Beginning<'_> {
-        Box::pin(begin_as::<W>(cluster, begin, dry_run))
-    }
-    for_workflow!(begin.request.kind(), boxed(cluster, begin, dry_run)).await
-}
-
-async fn begin_as<W: Workflow>(
-    cluster: &Arc<Cluster>,
-    begin: Begin,
-    dry_run: bool,
-) -> Result<OperationRef, Problem> {
-    let _deciding = if W::DECIDES { Some(cluster.deciding().await) } else { None };
-    for _ in 0..BEGIN_ATTEMPTS_MAX {
-        let vm = begin.request.vm().map(|vm| free_vm(cluster, vm.as_str(), &begin)).transpose()?;
-        let desk = Desk { cluster, dry_run, vm };
-        let plan = W::check(&desk, &begin.request).await?;
-        let summary = plan.summary.clone();
-        if dry_run {
-            return Ok(OperationRef { operation: None, summary, vm: plan.about.vm() });
-        }
-        match write_down(cluster, &begin, plan).await {
-            Ok((handle, vm)) => {
-                let operation = handle.show();
-                cluster.operations.add(handle.id.clone(), Arc::clone(&handle));
-                spawn::<W>(cluster, handle, false)?;
-                return Ok(OperationRef { operation: Some(operation), summary, vm });
-            }
-            Err(RecordsError::Conflict { .. }) => cluster.records.catch_up().await?,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Err(Problem::new(ProblemCode::Busy, "it is being changed all the time: try again"))
-}
-
-/// The VM, if nobody else is changing it.
-fn free_vm(cluster: &Cluster, id: &str, begin: &Begin) -> Result<Arc<Row<Vm>>, Problem> {
-    let vm = cluster.records.require::<Vm>(id)?;
-    if begin.if_match.is_some_and(|wanted| wanted != vm.revision) {
-        let message = format!("{} has changed since it was read", vm.full_name());
-        return Err(Problem::new(ProblemCode::Changed, message));
-    }
-    let Some(first) = &vm.status.operation else { return Ok(vm) };
-    let kind = cluster.operations.get(first).map_or("another operation", |operation| operation.kind.as_str());
-    let message = format!("{} is being changed by {kind} {first}: wait for it or cancel it", vm.full_name());
-    Err(Problem::new(ProblemCode::Busy, message).at("operation", first, "no other operation on this VM"))
-}
-
-async fn write_down<W: Workflow>(
-    cluster: &Arc<Cluster>,
-    begin: &Begin,
-    plan: Plan<W>,
-) -> Result<(Arc<Handle>, Option<Vm>), RecordsError> {
-    let id = cluster.new_operation_id();
-    let operation = Operation {
-        id: id.clone(),
-        kind: W::KIND,
-        vm: plan.about.vm().map(|vm| vm.id),
-        image: plan.about.image(),
-        subject: plan.subject,
-        actor: begin.actor.clone(),
-        state: OperationState::Running,
-        progress: Progress {
-            phase: W::STEPS.first().map_or("", |step| step.name).to_owned(),
-            ..Progress::default()
-        },
-        steps_done: Vec::new(),
-        cancel_requested: false,
-        result: None,
-        problem: None,
-        created_at: cluster.clock.now(),
-        finished_at: None,
-    };
-    let record = serde_json::to_value(&plan.record).expect("records are plain data");
-    let row = OperationRow { operation, request: (&begin.request).into(), record, undo_left: 0, attempt: 1 };
-    let mut transaction = plan.transaction;
-    let vm = match plan.about {
-        About::Vm(old) => {
-            let mut vm = old.value.clone();
-            vm.status.operation = Some(id);
-            transaction.replace(&old, &vm);
-            Some(vm)
-        }
-        About::NewVm(mut vm) => {
-            vm.status.operation = Some(id);
-            transaction.create(&*vm);
-            Some(*vm)
-        }
-        About::Image(image) => {
-            transaction.unchanged(&image);
-            transaction.claim(&workflow::image::slot(&image), id.as_str());
-            None
-        }
-    };
-    transaction.create(&row);
-    let target = W::target(&plan.record);
-    let revision = cluster.records.commit(transaction).await?;
-    Ok((Handle::new(row, revision, target), vm))
-}
+pub(super) use for_workflow;
 
 /// Goes on with an operation of an earlier manager.
 pub(super) fn resume(cluster: &Arc<Cluster>, row: &Row<OperationRow>) -> Result<(), Problem> {
@@ -160,7 +51,8 @@ pub(super) fn resume(cluster: &Arc<Cluster>, row: &Row<OperationRow>) -> Result<
         let handle = Handle::new(row.value.clone(), row.revision, W::target(&record));
         cluster.operations.add(handle.id.clone(), Arc::clone(&handle));
         tracing::info!(operation = %handle.id, kind = %W::KIND, "going on with an operation");
-        spawn::<W>(cluster, handle, true)
+        spawn::<W>(cluster, handle, true);
+        Ok(())
     }
     for_workflow!(row.operation.kind, go_on(cluster, row))
 }
@@ -185,7 +77,7 @@ fn read_record<W: Workflow>(row: &OperationRow) -> Result<W::Record, Problem> {
     })
 }
 
-fn spawn<W: Workflow>(cluster: &Arc<Cluster>, handle: Arc<Handle>, resumed: bool) -> Result<(), Problem> {
+pub(super) fn spawn<W: Workflow>(cluster: &Arc<Cluster>, handle: Arc<Handle>, resumed: bool) {
     let owned = Arc::clone(cluster);
     cluster.spawn(async move {
         let id = handle.id.clone();
@@ -194,7 +86,6 @@ fn spawn<W: Workflow>(cluster: &Arc<Cluster>, handle: Arc<Handle>, resumed: bool
         }
         owned.operations.remove(&id);
     });
-    Ok(())
 }
 
 /// An operation from where it is to its end.
@@ -411,21 +302,4 @@ fn released(vm: &Vm, kind: OperationKind, problem: Option<&Problem>) -> Vm {
         _ => {}
     }
     vm
-}
-
-impl About {
-    fn vm(&self) -> Option<Vm> {
-        match self {
-            Self::Vm(row) => Some(row.value.clone()),
-            Self::NewVm(vm) => Some((**vm).clone()),
-            Self::Image(_) => None,
-        }
-    }
-
-    fn image(&self) -> Option<berth_model::ImageId> {
-        match self {
-            Self::Image(row) => Some(row.value.id.clone()),
-            Self::Vm(_) | Self::NewVm(_) => None,
-        }
-    }
 }

@@ -1,5 +1,8 @@
 //! What people do, and what they are told when it can't be.
 
+use std::future::Future;
+use std::task::Poll;
+
 use berth_api::manager::{CreateVm, NewNic, RestoreVm};
 use berth_manager::cluster::{Cluster, Settings};
 use berth_manager::operations::{Begin, Filter, OperationRequest};
@@ -440,4 +443,29 @@ async fn a_port_that_somebody_named_is_asked_for_again_and_one_that_was_chosen_i
     done(&cluster, OperationRequest::VmDelete { vm: id.clone(), force: true }).await;
     assert!(cluster.records.list::<FixedPorts>().is_empty());
     cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_asks_may_hang_up_at_any_moment() {
+    for polls in 0..40 {
+        let world = World::new(Pools::Local).await;
+        let cluster = world.manager_with_hosts().await;
+        let id = running_vm(&cluster, "books").await;
+        {
+            let mut asking = Box::pin(begin(&cluster, take(&id, "one")));
+            for _ in 0..polls {
+                let once = std::future::poll_fn(|context| Poll::Ready(asking.as_mut().poll(context)));
+                if once.await.is_ready() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        // Whether it was begun or not, it does not hold the VM for good.
+        until(&cluster, "the slot is free", |cluster| vm(cluster, &id).status.operation.is_none()).await;
+        quiet(&cluster).await;
+        settle(&world, &cluster).await;
+        world.check_whole(&cluster).await;
+        cluster.shutdown().await;
+    }
 }
