@@ -24,6 +24,7 @@ use crate::vm::VmRuntime;
 pub mod convergence;
 pub mod incoming;
 pub mod link;
+mod marker;
 pub mod outgoing;
 mod recovery;
 mod source;
@@ -181,7 +182,9 @@ pub(crate) async fn take_back(vm: &mut VmRuntime, migration: &OperationId) -> Re
             return Err(Problem::new(ProblemCode::WrongState, message));
         }
     }
-    // The marker first: what is on the disk must never say less than what runs.
+    // What is on the disk first: it must never say that the VM was given away when it runs here.
+    let state = vm.dirs()?.state.clone();
+    blocking(move || Ok(marker::remove(&state)?)).await?;
     vm.set_migration(None).await?;
     if let Ok(qmp) = vm.qmp().cloned() {
         outgoing::settle(&qmp, true).await?;

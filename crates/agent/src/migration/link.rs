@@ -77,6 +77,14 @@ impl Sender {
         self.writer.lock().await.hole(file, offset, length).await
     }
 
+    /// Says that a file is complete.
+    ///
+    /// # Errors
+    /// When the connection is over.
+    pub async fn file_end(&self, file: u32, checksum: &str) -> Result<(), WireError> {
+        self.writer.lock().await.file_end(file, checksum).await
+    }
+
     /// Closes our side.
     pub async fn close(&self) {
         self.writer.lock().await.close().await;
@@ -138,6 +146,8 @@ pub trait FileTaker: Send + 'static {
     fn data(&mut self, file: u32, offset: u64, bytes: &[u8]) -> impl Future<Output = Result<(), WireError>> + Send;
     /// A range of a file that is zero.
     fn hole(&mut self, file: u32, offset: u64, length: u64) -> impl Future<Output = Result<(), WireError>> + Send;
+    /// A file is complete.
+    fn end(&mut self, file: u32, checksum: &str) -> impl Future<Output = Result<(), WireError>> + Send;
 }
 
 /// Takes no files: the source's side.
@@ -151,6 +161,10 @@ impl FileTaker for NoFiles {
 
     async fn hole(&mut self, _: u32, _: u64, _: u64) -> Result<(), WireError> {
         Err(unexpected("a hole of a file"))
+    }
+
+    async fn end(&mut self, _: u32, _: &str) -> Result<(), WireError> {
+        Err(unexpected("the end of a file"))
     }
 }
 
@@ -246,6 +260,7 @@ impl<M: DeserializeOwned, F: FileTaker> Reader<M, F> {
             }
             Frame::Data { file, offset, bytes } => self.files.data(file, offset, bytes).await,
             Frame::Hole { file, offset, length } => self.files.hole(file, offset, length).await,
+            Frame::FileEnd { file, checksum } => self.files.end(file, checksum).await,
             Frame::Stream(bytes) | Frame::Answer(bytes) => self.stream.write(bytes).await,
             Frame::StreamEnd => {
                 self.stream = Stream::Over;

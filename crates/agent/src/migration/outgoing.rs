@@ -233,7 +233,14 @@ impl Outgoing {
     /// # Errors
     /// When QEMU refuses.
     pub async fn take_back(&mut self) -> Result<u64, OutgoingError> {
-        self.qmp.call(Cont {}).await?;
+        // QEMU says that it is done a moment before it is ("not finalized yet"): the guest waits for us, so ask often.
+        let asked = Instant::now();
+        while let Err(error) = self.qmp.call(Cont {}).await {
+            if error.is_connection_lost() || asked.elapsed() > SETTLE_TIMEOUT {
+                return Err(error.into());
+            }
+            tokio::time::sleep(Duration::from_micros(300)).await;
+        }
         let resumed = self.events.wait_for(|kind| *kind == EventKind::Resume);
         let resumed = tokio::time::timeout(SETTLE_TIMEOUT, resumed).await.ok().flatten();
         let resumed = resumed.ok_or(OutgoingError::Failed { reason: "the guest did not go on".into() })?;

@@ -14,8 +14,10 @@ use berth_api::agent::MigrationSide;
 use berth_model::Problem;
 use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus};
 
+use super::marker;
 use super::outgoing::settle;
 use super::target::{Admission, settle_in};
+use crate::durable::blocking;
 use crate::snapshot::layers::refused;
 use crate::vm::VmRuntime;
 
@@ -24,6 +26,12 @@ use crate::vm::VmRuntime;
 /// # Errors
 /// When QEMU refuses or a record can't be written.
 pub(crate) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
+    if let Some(MigrationSide::Source { migration, handed_over: false }) = vm.host_record()?.migration.clone() {
+        let state = vm.dirs()?.state.clone();
+        if blocking(move || Ok(marker::is_set(&state)?)).await? {
+            vm.set_migration(Some(MigrationSide::Source { migration, handed_over: true })).await?;
+        }
+    }
     match vm.host_record()?.migration.clone() {
         None | Some(MigrationSide::Source { handed_over: true, .. }) => Ok(()),
         Some(MigrationSide::Source { handed_over: false, .. }) => {

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::convergence::PauseBudget;
 use super::link::{self, Link, Messages, NoFiles, Sender};
+use super::marker::{self, Marker};
 use super::outgoing::{Outgoing, Sending, settle};
 use super::storage::sending::{Pace, Top, send_file};
 use super::storage::{checksum, unchanging};
@@ -30,6 +31,8 @@ const PINGS: u32 = 8;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long it may take to bring what it was sent to its disk, or to start a process.
 const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long the target may take to say why its QEMU failed.
+const REASON_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the target may be silent after it was told to let the guest run, before its answer is given up.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(15);
 /// A top that holds more is frozen first, so that it is read once and not in each pass: reading it again costs about a
@@ -121,6 +124,8 @@ async fn run(
         journey.step(MigrationEvent::LayersThere);
     }
     let mut top = launch_target(vm, order, &mut link).await?;
+    let state = vm.dirs()?.state.clone();
+    let marker = blocking(move || Ok(Marker::prepare(&state)?)).await?;
     let mut outgoing = start_sending(vm, order, &mut link).await?;
     let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut()).await;
     journey.step(MigrationEvent::GuestStopped);
@@ -129,6 +134,7 @@ async fn run(
         Err(problem) => Err(problem),
     };
     if let Err(problem) = loaded {
+        let problem = reason_of_target(&mut link, problem).await;
         // QEMU first, so that the guest goes on; then the target, so that it need not wait for a time-out.
         let settled = outgoing.abandon(true).await;
         // If the connection is what broke, the target knows.
@@ -137,7 +143,7 @@ async fn run(
     }
     journey.step(MigrationEvent::StateLoaded);
     let top = top_of(vm)?;
-    let running = hand_over(vm, order, &mut link).await?;
+    let running = hand_over(vm, order, marker, &mut link).await?;
     if running.is_some() {
         journey.step(MigrationEvent::GuestRunning);
     }
@@ -244,7 +250,7 @@ async fn send_missing(
     for (number, path) in missing {
         let sent = send_file(&link.sender, number, &path, &mut pace, context.cancel(), |bytes| counter.add(bytes));
         let checksum = sent.await?;
-        link.sender.say(&FromSource::FileDone { file: number, checksum }).await?;
+        link.sender.file_end(number, &checksum).await?;
     }
     link.sender.say(&FromSource::Sync { top_length_bytes: None }).await?;
     let synced = |message: &FromTarget| matches!(message, FromTarget::Synced);
@@ -364,13 +370,13 @@ async fn stop_and_copy(
 async fn hand_over(
     vm: &mut VmRuntime,
     order: &Order,
+    marker: Marker,
     link: &mut Link<FromTarget>,
 ) -> Result<Option<u64>, Problem> {
-    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: true };
-    if let Err(problem) = vm.set_migration(Some(side)).await {
-        // It may be on the disk all the same: it must be taken off before the guest may run here.
-        vm.set_migration(None).await?;
-        settle(vm.qmp()?, true).await?;
+    if let Err(problem) = blocking(move || Ok(marker.set()?)).await {
+        // It may be on the disk all the same: it must be off it before the guest may run here.
+        let state = vm.dirs()?.state.clone();
+        blocking(move || Ok(marker::remove(&state)?)).await?;
         return Err(problem);
     }
     let told = async {
@@ -378,27 +384,59 @@ async fn hand_over(
         let running = |message: &FromTarget| matches!(message, FromTarget::Running { .. });
         answer(&mut link.messages, COMMIT_TIMEOUT, "that the guest runs", running).await
     };
-    match tokio::time::timeout(COMMIT_TIMEOUT, told).await {
-        Ok(Ok(FromTarget::Running { at_us })) => Ok(Some(at_us)),
-        Ok(Ok(_)) | Err(_) => Ok(None),
+    let running_at_us = match tokio::time::timeout(COMMIT_TIMEOUT, told).await {
+        Ok(Ok(FromTarget::Running { at_us })) => Some(at_us),
+        Ok(Ok(_)) | Err(_) => None,
         Ok(Err(problem)) => {
             tracing::warn!(vm = %vm.id(), %problem, "the VM was given away and the target does not answer");
-            Ok(None)
+            None
         }
+    };
+    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: true };
+    if let Err(problem) = vm.set_migration(Some(side)).await {
+        // The marker says it, until the next start at least.
+        tracing::error!(vm = %vm.id(), %problem, "that the VM was given away is not on record");
+    }
+    Ok(running_at_us)
+}
+
+/// A QEMU whose stream is closed can't say why: the target may.
+async fn reason_of_target(link: &mut Link<FromTarget>, problem: Problem) -> Problem {
+    if problem.code != ProblemCode::Hypervisor {
+        return problem;
+    }
+    match tokio::time::timeout(REASON_TIMEOUT, link.messages.next()).await {
+        Ok(Ok(FromTarget::Failed { problem })) => problem,
+        Ok(Ok(_) | Err(_)) | Err(_) => problem,
     }
 }
 
 /// The VM runs here as before; what is left of the migration is forgotten.
 async fn give_up(vm: &mut VmRuntime, problem: Problem) -> Problem {
-    if let Some(qmp) = vm.qmp().ok().cloned()
-        && let Err(error) = settle(&qmp, true).await
-    {
+    if let Err(error) = stay(vm).await {
         tracing::error!(vm = %vm.id(), %error, "the guest does not go on after a migration that failed");
     }
-    if let Err(error) = vm.set_migration(None).await {
-        tracing::error!(vm = %vm.id(), %error, "a migration that failed stays on record");
-    }
     problem
+}
+
+async fn stay(vm: &mut VmRuntime) -> Result<(), Problem> {
+    let state = vm.dirs()?.state.clone();
+    let given_away = blocking(move || {
+        // One that can't be taken off the disk forbids to run what the target might be told to run.
+        let given_away = marker::is_set(&state)?;
+        if !given_away {
+            marker::remove(&state)?;
+        }
+        Ok(given_away)
+    })
+    .await?;
+    if given_away {
+        return Err(Problem::new(ProblemCode::Internal, "the marker that it was given away can't be removed"));
+    }
+    if let Ok(qmp) = vm.qmp().cloned() {
+        settle(&qmp, true).await?;
+    }
+    vm.set_migration(None).await
 }
 
 fn given_away(vm: &VmRuntime, order: &Order, migration: &OperationId) -> Result<TaskOutput, Problem> {

@@ -71,7 +71,8 @@ pub async fn receive(vm: &mut VmRuntime, receive: Receive) -> Result<(), Problem
     match result {
         Ok(()) => Ok(()),
         Err(Failure { problem, loaded: true }) => {
-            // Whether it is ours now the manager must say.
+            // Whether it is ours now the manager must say. (An agent that dies here finds out by asking QEMU.)
+            vm.set_migration(Some(MigrationSide::Target { migration, loaded: true })).await?;
             tracing::warn!(vm = %vm.id(), %problem, "loaded, and not told to run");
             Err(problem)
         }
@@ -114,12 +115,8 @@ async fn run(
     link.sender.say(&FromTarget::Waiting).await?;
     load(&mut incoming, admission.shared_pool, link, files, decided).await?;
     link.sender.say(&FromTarget::Loaded).await?;
-    let side = MigrationSide::Target { migration: admission.migration.clone(), loaded: true };
-    let kept = vm.set_migration(Some(side)).await;
     let after_load = |problem| Failure { problem, loaded: true };
-    kept.map_err(after_load)?;
-    let commit = next(link, decided, COMMIT_TIMEOUT).await.map_err(after_load)?;
-    match commit {
+    match next(link, decided, COMMIT_TIMEOUT).await.map_err(after_load)? {
         FromSource::Commit => {}
         // The source has failed after all, and runs on.
         FromSource::Failed { problem } => return Err(problem.into()),
@@ -206,7 +203,6 @@ async fn take_files(
                 let checksums = files.offer(offers).await?;
                 link.sender.say(&FromTarget::Have { checksums }).await?;
             }
-            FromSource::FileDone { file, checksum } => files.done(file, checksum).await?,
             FromSource::Sync { top_length_bytes } => {
                 files.sync(top_length_bytes).await?;
                 link.sender.say(&FromTarget::Synced).await?;

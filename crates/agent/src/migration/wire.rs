@@ -9,7 +9,7 @@
 //!    │                                                            │
 //!    │ Offer {files}   ───── local pools only ──────────────────► │ what of it is there?
 //!    │ ◄──────────────────────────────────────── Have {checksums} │
-//!    │ data, hole, … FileDone {checksum} for each that differs ─► │ verified, brought to the disk, named
+//!    │ data, …, file end {checksum} for each that differs ──────► │ verified, brought to the disk, named
 //!    │ Sync ────────────────────────────────────────────────────► │
 //!    │ ◄───────────────────────────────────────────────── Synced │
 //!    │                                                            │
@@ -52,6 +52,8 @@ const CONTROL_BYTES_MAX: usize = 4 << 20;
 
 const HEAD_BYTES: usize = 5;
 const PLACE_BYTES: usize = 12;
+/// Length of a file's checksum in hexadecimal.
+const CHECKSUM_CHARS: usize = 64;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,13 +65,22 @@ enum Kind {
     Stream = 4,
     StreamEnd = 5,
     Answer = 6,
+    FileEnd = 7,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Self> {
-        [Self::Control, Self::Data, Self::Hole, Self::Stream, Self::StreamEnd, Self::Answer]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
+        [
+            Self::Control,
+            Self::Data,
+            Self::Hole,
+            Self::Stream,
+            Self::StreamEnd,
+            Self::Answer,
+            Self::FileEnd,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == byte)
     }
 
     const fn bytes_max(self) -> usize {
@@ -79,6 +90,7 @@ impl Kind {
             Self::Hole => PLACE_BYTES + 8,
             Self::Stream | Self::Answer => STREAM_FRAME_BYTES_MAX,
             Self::StreamEnd => 0,
+            Self::FileEnd => 4 + CHECKSUM_CHARS,
         }
     }
 }
@@ -105,6 +117,13 @@ pub enum Frame<'a> {
         offset: u64,
         /// How long.
         length: u64,
+    },
+    /// A file is complete.
+    FileEnd {
+        /// Its number in the last offer.
+        file: u32,
+        /// Its checksum, in hexadecimal.
+        checksum: &'a str,
     },
     /// Bytes of QEMU's stream.
     Stream(&'a [u8]),
@@ -168,7 +187,6 @@ pub enum FromSource {
     Begin { version: u32, shared_pool: bool, pool_uuid: String },
     Ping { number: u32 },
     Offer { files: Vec<FileOffer> },
-    FileDone { file: u32, checksum: String },
     Sync { top_length_bytes: Option<u64> },
     Launch { chain: Vec<LayerId> },
     Commit,
@@ -296,6 +314,11 @@ fn frame(kind: Kind, body: &[u8]) -> Option<Frame<'_>> {
         Kind::Stream => Frame::Stream(body),
         Kind::StreamEnd => Frame::StreamEnd,
         Kind::Answer => Frame::Answer(body),
+        Kind::FileEnd => {
+            let (file, checksum) = body.split_first_chunk()?;
+            let checksum = std::str::from_utf8(checksum).ok().filter(|text| text.len() == CHECKSUM_CHARS)?;
+            Frame::FileEnd { file: u32::from_be_bytes(*file), checksum }
+        }
     })
 }
 
@@ -342,6 +365,14 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     pub async fn hole(&mut self, file: u32, offset: u64, length: u64) -> Result<(), WireError> {
         let parts: [&[u8]; 3] = [&file.to_be_bytes(), &offset.to_be_bytes(), &length.to_be_bytes()];
         self.frame(Kind::Hole, &parts).await
+    }
+
+    /// A file is complete.
+    ///
+    /// # Errors
+    /// When the connection is over.
+    pub async fn file_end(&mut self, file: u32, checksum: &str) -> Result<(), WireError> {
+        self.frame(Kind::FileEnd, &[&file.to_be_bytes(), checksum.as_bytes()]).await
     }
 
     /// Bytes of QEMU's stream, at most [`STREAM_FRAME_BYTES_MAX`].

@@ -8,19 +8,23 @@
 //! came to be or not. A process that is found running is asked which layer it writes to ([`top_of`]): it knows best.
 
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use berth_model::image::PartRole;
 use berth_model::{LayerId, Problem, ProblemCode};
 use berth_qmp::commands::{
     BlockCommit, BlockdevAdd, BlockdevDel, JobComplete, JobDismiss, JobStatus, QueryBlock, QueryJobs,
     QueryNamedBlockNodes, Transaction, TransactionAction,
 };
 use berth_qmp::{EventKind, Qmp, QmpError};
+use serde_json::{Value, json};
 
 use super::overlay::{self, Below};
 use crate::durable::{self, FileError, blocking};
-use crate::qemu::disk::{Access, Backing, layer_node, layer_options};
+use crate::disk::FROZEN_MODE;
+use crate::qemu::disk::{Access, Backing, image_node, layer_node, layer_options};
 use crate::vm::VmRuntime;
 
 /// How long a switch that is taken back may take: what the guest wrote since is copied down.
@@ -81,7 +85,7 @@ pub async fn freeze_top(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Pro
         vm.set_chain(chain).await?;
         return Err(refused(error));
     }
-    blocking(move || Ok(freeze(&path)?)).await
+    freeze(vm, old_top).await
 }
 
 /// Closes a layer that the guest was not switched to, and removes its file.
@@ -126,13 +130,12 @@ pub async fn top_of(qmp: &Qmp, chain: &[LayerId]) -> Result<Option<LayerId>, Qmp
 }
 
 /// Takes a switch back: what the guest wrote to `new_top` goes down into `old_top`, the guest writes to that again, and
-/// `new_top` is closed and removed. The guest runs meanwhile.
+/// `new_top` is closed and removed. The guest runs meanwhile. Only for an `old_top` that was not yet frozen.
 ///
 /// # Errors
 /// When QEMU can't: the guest then goes on with `new_top`, and both layers stay as they are.
 pub async fn take_back(vm: &VmRuntime, old_top: &LayerId, new_top: &LayerId) -> Result<(), Problem> {
     let qmp = vm.qmp()?;
-    thaw(&vm.dirs()?.layer(old_top))?;
     let committed = tokio::time::timeout(TAKE_BACK_TIMEOUT, commit(qmp, old_top, new_top)).await;
     match committed {
         Ok(Ok(())) => {}
@@ -212,22 +215,44 @@ pub async fn flush(path: &Path) -> Result<(), Problem> {
     .await
 }
 
-/// Makes a layer's file read-only for everybody: it is frozen.
+/// Freezes a layer that lies below the VM's writable one: the process, if there is one, opens it anew, only for reading,
+/// and then the file is made read-only and taken from the VM's user.
+///
+/// In this order: QEMU opens files anew by itself whenever what it does with them changes, and one that it believes to be
+/// writable and may not open so makes it fail at the next thing it does, such as letting go of its disks.
 ///
 /// # Errors
-/// When the system refuses.
-pub fn freeze(path: &Path) -> Result<(), FileError> {
-    set_mode(path, 0o444)
+/// When QEMU or the system refuses.
+pub async fn freeze(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
+    if let Ok(qmp) = vm.qmp() {
+        let mut node = layer_options(vm.dirs()?, layer, &backing_of(vm, layer)?, Access::Frozen);
+        let file = node.remove("file").unwrap_or_default();
+        node.insert("file".into(), file["node-name"].clone());
+        // One after the other: the file can be opened for reading alone only once nothing above it would write.
+        for options in [Value::Object(node), file] {
+            qmp.call_untyped("blockdev-reopen", json!({"options": [options]})).await.map_err(refused)?;
+        }
+    }
+    let path = vm.dirs()?.layer(layer);
+    let owner = vm.user_id()?.map(|_| rustix::process::geteuid().as_raw());
+    blocking(move || Ok(freeze_file(&path, owner).map_err(FileError::io(&path, "frozen"))?)).await
 }
 
-fn thaw(path: &Path) -> Result<(), FileError> {
-    set_mode(path, 0o600)
+fn freeze_file(path: &Path, owner: Option<u32>) -> std::io::Result<()> {
+    if owner.is_some() {
+        std::os::unix::fs::chown(path, owner, owner)?;
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(FROZEN_MODE))
 }
 
-fn set_mode(path: &Path, mode: u32) -> Result<(), FileError> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-        .map_err(FileError::io(path, "frozen or thawed"))
+fn backing_of(vm: &VmRuntime, layer: &LayerId) -> Result<Backing, Problem> {
+    let chain = vm.chain()?;
+    let below = chain.iter().position(|one| one == layer).and_then(|at| at.checked_sub(1));
+    if let Some(below) = below {
+        return Ok(Backing::Node(layer_node(&chain[below])));
+    }
+    let image = &vm.definition()?.image;
+    Ok(image.part(PartRole::Disk).map_or(Backing::None, |_| Backing::Node(image_node(image))))
 }
 
 /// QEMU's refusal as a problem.

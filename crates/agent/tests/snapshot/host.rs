@@ -76,6 +76,8 @@ impl TestHost {
 
     /// A host with this pool, if one is given, and these peers.
     pub async fn start_with(pool: Option<PathBuf>, peers: Arc<dyn PeerConnector>, id: HostId) -> Self {
+        // A second test in the same process finds it set up.
+        let _ = tracing_subscriber::fmt().with_env_filter("berth_agent=info").with_test_writer().try_init();
         let root = directory();
         let pool = pool.unwrap_or_else(|| root.path().join("pool"));
         std::fs::create_dir_all(&pool).expect("pool");

@@ -67,14 +67,6 @@ impl Files {
         answer.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// A file is complete. Whether it is right is said by the next [`Self::sync`].
-    ///
-    /// # Errors
-    /// When the thread has ended.
-    pub async fn done(&self, file: u32, checksum: String) -> Result<(), Problem> {
-        self.put(Work::Done { file, checksum }).await
-    }
-
     /// From now on data may come for the writable top, which is there.
     ///
     /// # Errors
@@ -106,6 +98,11 @@ impl FileTaker for Files {
 
     async fn hole(&mut self, file: u32, offset: u64, length: u64) -> Result<(), WireError> {
         self.queue.send(Work::Hole { file, offset, length }).await.map_err(|_| WireError::Closed)
+    }
+
+    async fn end(&mut self, file: u32, checksum: &str) -> Result<(), WireError> {
+        let work = Work::Done { file, checksum: checksum.to_owned() };
+        self.queue.send(work).await.map_err(|_| WireError::Closed)
     }
 }
 
