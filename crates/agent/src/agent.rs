@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use berth_api::agent::{PutTask, Task, TaskOutput, TaskSpec};
+use berth_model::host::NetworkMode;
 use berth_model::{HostId, Problem, ProblemCode, VmId};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,9 @@ pub enum StartError {
     /// QEMU can't be asked what it can do.
     #[error("QEMU can't be used")]
     Qemu(#[from] LaunchError),
+    /// Taps and bridges are for root.
+    #[error("network.mode is 'bridge', which needs root: expected 'user'")]
+    BridgeWithoutRoot,
     /// No random numbers.
     #[error("no random numbers can be had: {detail}")]
     Entropy {
@@ -57,6 +61,9 @@ impl Agent {
     /// # Errors
     /// When something that it can't do without is not usable.
     pub async fn start(host: HostId, config: AgentConfig, handles: Handles) -> Result<Arc<Self>, StartError> {
+        if config.network.mode == NetworkMode::Bridge && !rustix::process::geteuid().is_root() {
+            return Err(StartError::BridgeWithoutRoot);
+        }
         let isolated_users = sandbox::can_become_users_from(config.user_id_base);
         let layout = Layout::new(&config);
         let mut pools = Vec::new();

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// How many finished tasks are remembered. Fewer: a manager that was away for long is told that a task is unknown and
-/// puts it again, which costs a look at what is there. More: memory, about a kilobyte each.
+/// puts it again, which costs a look at what is there. More: memory, under a kilobyte each.
 const FINISHED_MAX: usize = 512;
 /// Most tasks under way; more are refused, so that a manager gone mad can't eat the host's memory.
 const RUNNING_MAX: usize = 4096;
@@ -33,7 +33,15 @@ pub struct TaskContext {
 #[derive(Debug)]
 struct Entry {
     put: PutTask,
-    state: watch::Sender<Task>,
+    state: Arc<watch::Sender<Task>>,
+    cancel: CancellationToken,
+}
+
+/// What the registry keeps of a task: not what was asked for, which may be long, but only by what to know it again.
+#[derive(Debug, Clone)]
+struct Known {
+    digest: blake3::Hash,
+    state: Arc<watch::Sender<Task>>,
     cancel: CancellationToken,
 }
 
@@ -119,8 +127,12 @@ impl Entry {
         let state =
             TaskState::Running { progress: Progress { phase: "waiting".to_owned(), ..Progress::default() } };
         let task = Task { id: id.to_owned(), version: 1, state };
-        Self { put, state: watch::Sender::new(task), cancel: CancellationToken::new() }
+        Self { put, state: Arc::new(watch::Sender::new(task)), cancel: CancellationToken::new() }
     }
+}
+
+fn digest(put: &PutTask) -> blake3::Hash {
+    blake3::hash(&serde_json::to_vec(put).expect("bodies of the contract are plain data"))
 }
 
 /// All tasks that are known.
@@ -131,7 +143,7 @@ pub struct TaskRegistry {
 
 #[derive(Debug, Default)]
 struct Tasks {
-    known: BTreeMap<String, TaskContext>,
+    known: BTreeMap<String, Known>,
     finished: VecDeque<String>,
 }
 
@@ -153,11 +165,11 @@ impl TaskRegistry {
         check_id(id)?;
         let mut tasks = self.lock();
         if let Some(known) = tasks.known.get(id) {
-            if *known.put() != put {
+            if known.digest != digest(&put) {
                 let message = format!("task '{id}' was put before with other content");
                 return Err(Problem::new(ProblemCode::AlreadyExists, message));
             }
-            return Ok(Accepted::Known(known.task()));
+            return Ok(Accepted::Known(known.state.borrow().clone()));
         }
         if tasks.known.len() - tasks.finished.len() >= RUNNING_MAX {
             return Err(Problem::new(
@@ -165,8 +177,10 @@ impl TaskRegistry {
                 format!("{RUNNING_MAX} tasks are under way already"),
             ));
         }
+        let digest = digest(&put);
         let context = TaskContext::detached(id, put);
-        tasks.known.insert(id.to_owned(), context.clone());
+        let (state, cancel) = (Arc::clone(&context.entry.state), context.entry.cancel.clone());
+        tasks.known.insert(id.to_owned(), Known { digest, state, cancel });
         Ok(Accepted::New(context))
     }
 
@@ -188,14 +202,14 @@ impl TaskRegistry {
     /// # Errors
     /// When there is no such task.
     pub async fn show(&self, id: &str, after: Option<u64>, wait: Duration) -> Result<Task, Problem> {
-        let context = self.find(id)?;
-        let mut state = context.entry.state.subscribe();
+        let mut state = self.find(id)?.state.subscribe();
         if let Some(after) = after {
             let newer = state.wait_for(|task| task.version > after);
             // That the time has passed is no fault: the present state is the answer.
             let _ = tokio::time::timeout(wait.min(WAIT_MAX), newer).await;
         }
-        Ok(context.task())
+        let task = state.borrow().clone();
+        Ok(task)
     }
 
     /// Asks a task to stop.
@@ -203,9 +217,10 @@ impl TaskRegistry {
     /// # Errors
     /// When there is no such task.
     pub fn cancel(&self, id: &str) -> Result<Task, Problem> {
-        let context = self.find(id)?;
-        context.entry.cancel.cancel();
-        Ok(context.task())
+        let known = self.find(id)?;
+        known.cancel.cancel();
+        let task = known.state.borrow().clone();
+        Ok(task)
     }
 
     /// How many are under way.
@@ -214,7 +229,7 @@ impl TaskRegistry {
         tasks.known.len() - tasks.finished.len()
     }
 
-    fn find(&self, id: &str) -> Result<TaskContext, Problem> {
+    fn find(&self, id: &str) -> Result<Known, Problem> {
         self.lock().known.get(id).cloned().ok_or_else(|| Problem::not_found("task", id))
     }
 

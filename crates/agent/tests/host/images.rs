@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use berth_api::agent::TaskSpec;
+use berth_api::agent::{PartQuery, PoolImagePath, PoolImageUpload, TaskSpec};
 use berth_model::image::PartRole;
 use berth_model::{ImageId, ProblemCode};
 
@@ -98,4 +98,26 @@ async fn kernels_are_raw_and_a_pool_that_is_not_there_is_named() {
     let fetch = TaskSpec::DeleteImage { image: image(), pool: "nowhere".parse().expect("name") };
     let problem = host.task_of(None, 0, fetch).await.expect_err("no pool");
     assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::NotFound, Some("pool")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_that_breaks_off_leaves_nothing() {
+    let host = Host::start().await;
+    let path = PoolImagePath { pool: "local".parse().expect("name"), image: image(), role: PartRole::Disk };
+    let query = PartQuery { format: "raw".into(), size_bytes: 1 << 20, sha256: sha256(b"") };
+    let pieces =
+        [Ok(bytes::Bytes::from(vec![1u8; 600_000])), Err(std::io::Error::other("the cable was pulled"))];
+    let body = berth_api::transport::streamed(futures_util::stream::iter(pieces));
+    let broken = host.client().upload::<PoolImageUpload>(&path, &query, body, 1 << 20).await;
+    assert_eq!(broken.expect_err("broken off").into_problem().code, ProblemCode::BadImage);
+    // A sender who goes away without a word: what waits for the rest is dropped.
+    let pieces =
+        futures_util::stream::iter([Ok::<_, std::io::Error>(bytes::Bytes::from(vec![1u8; 600_000]))]);
+    let endless = futures_util::StreamExt::chain(pieces, futures_util::stream::pending());
+    let client = host.client();
+    let upload =
+        client.upload::<PoolImageUpload>(&path, &query, berth_api::transport::streamed(endless), 1 << 20);
+    let gone = tokio::time::timeout(std::time::Duration::from_millis(300), upload).await;
+    assert!(gone.is_err(), "nobody waits for ever: {gone:?}");
+    assert_eq!(host.files("pool/images"), Vec::<String>::new());
 }

@@ -7,4 +7,5 @@ mod images;
 mod join;
 mod killed;
 mod lifecycle;
+mod routes;
 mod support;
