@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use berth_api::agent::{PutTask, Task, TaskOutput, TaskSpec};
 use berth_model::host::NetworkMode;
+use berth_model::name::Name;
 use berth_model::{HostId, Problem, ProblemCode, VmId};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,15 @@ pub enum StartError {
     /// QEMU can't be asked what it can do.
     #[error("QEMU can't be used")]
     Qemu(#[from] LaunchError),
+    /// A VM of this host is in a pool that the configuration does not have. Without it the VM would be in no report, as
+    /// if this host had nothing of it.
+    #[error("{vm} is in pool '{pool}' of this host: expected a pool of that name in the configuration")]
+    PoolMissing {
+        /// Which VM.
+        vm: VmId,
+        /// Its pool.
+        pool: Name,
+    },
     /// Taps and bridges are for root.
     #[error("network.mode is 'bridge', which needs root: expected 'user'")]
     BridgeWithoutRoot,
@@ -195,6 +205,11 @@ impl Agent {
 
     async fn take_up_vms(&self) -> Result<(), StartError> {
         let found = vms_on_record(&self.services.layout)?;
+        for (vm, record) in &found {
+            if self.services.layout.pool(&record.pool).is_err() {
+                return Err(StartError::PoolMissing { vm: vm.clone(), pool: record.pool.clone() });
+            }
+        }
         let known: Vec<ProcessRecord> =
             found.iter().filter_map(|(_, record)| record.process.clone()).collect();
         self.services.launcher.end_unknown(&known).await;

@@ -82,6 +82,12 @@ impl Chain<'_> {
 pub enum Access {
     /// It is never written again; others may read it through the same pages of the host's cache.
     Frozen,
+    /// It was written to in this process until now: read as it was opened then. QEMU loses the layer when a reopening
+    /// changes whether the host's page cache is used: its next read of the header has the old alignment.
+    JustFrozen {
+        /// As it was.
+        direct_io: bool,
+    },
     /// The guest writes to it.
     Writable {
         /// Past the host's page cache, so that what the guest has flushed does not wait in memory for a pause.
@@ -105,7 +111,7 @@ pub fn layer_options(
     let mut options = Map::new();
     options.insert("driver".into(), "qcow2".into());
     options.insert("node-name".into(), node.into());
-    options.insert("read-only".into(), (access == Access::Frozen).into());
+    options.insert("read-only".into(), access.is_frozen().into());
     options.insert("cache".into(), cache(access));
     options.insert("backing".into(), backing);
     options.insert("file".into(), file);
@@ -132,8 +138,20 @@ fn body(id: &str) -> &str {
     id.split_once('-').map_or(id, |(_, body)| body)
 }
 
+impl Access {
+    const fn is_frozen(self) -> bool {
+        match self {
+            Self::Frozen | Self::JustFrozen { .. } => true,
+            Self::Writable { .. } => false,
+        }
+    }
+}
+
 fn cache(access: Access) -> Value {
-    let direct = matches!(access, Access::Writable { direct_io: true });
+    let direct = match access {
+        Access::Frozen => false,
+        Access::JustFrozen { direct_io } | Access::Writable { direct_io } => direct_io,
+    };
     json!({"direct": direct, "no-flush": false})
 }
 
@@ -143,7 +161,7 @@ fn file_options(path: &Path, node: &str, access: Access) -> Value {
         "driver": "file",
         "node-name": node,
         "filename": path.display().to_string(),
-        "read-only": access == Access::Frozen,
+        "read-only": access.is_frozen(),
         "cache": cache(access),
         "discard": "ignore",
     })

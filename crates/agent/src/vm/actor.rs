@@ -233,7 +233,14 @@ async fn find(vm: &mut VmRuntime) -> Result<(), Problem> {
     };
     let dirs = vm.services.layout.vm(&vm.id, &host.pool)?;
     let path = dirs.vm_record();
-    let record = blocking(move || Ok(durable::read_json::<VmRecord>(&path)?)).await?;
+    // A pool that can't be read must not hide a process that is there.
+    let record = match blocking(move || Ok(durable::read_json::<VmRecord>(&path)?)).await {
+        Ok(record) => record,
+        Err(problem) => {
+            tracing::error!(vm = %vm.id, %problem, "what the VM is to be can't be read");
+            None
+        }
+    };
     vm.home = Some(Home { dirs, host, vm: record });
     vm.publish();
     process::find_again(vm).await?;

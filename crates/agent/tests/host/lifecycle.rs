@@ -107,6 +107,25 @@ async fn an_agent_that_starts_anew_finds_its_vms_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_running_vm_is_reported_whatever_became_of_its_pool() {
+    let mut host = Host::start().await;
+    let definition = host.vm_on_a_blank_disk(1).await;
+    let vm = &definition.id;
+    host.task(vm, prepare(&definition)).await.expect("prepared");
+    host.task(vm, start(&definition)).await.expect("started");
+    host.stop_agent();
+    let mut config = crate::support::config(host.root.path());
+    config.pools[0].name = "other".parse().expect("name");
+    let refused = crate::support::start_agent(host.id.clone(), config, host.peers.clone()).await;
+    let refused = refused.err().expect("its pool is not configured").to_string();
+    assert!(refused.contains("'local'"), "{refused}");
+    std::fs::write(host.pool().join("vms").join(vm.as_str()).join("vm.json"), "torn").expect("torn");
+    host.start_agent().await;
+    assert_eq!(host.report(vm).await.expect("known").state, VmState::Running);
+    host.task(vm, TaskSpec::StopVm).await.expect("stopped");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_qemu_that_dies_is_reported_with_its_last_words_and_can_be_started_again() {
     let host = Host::start().await;
     let definition = host.vm_on_a_blank_disk(1).await;
