@@ -22,8 +22,8 @@ use berth_qmp::{EventKind, Qmp, QmpError};
 use serde_json::{Value, json};
 
 use super::overlay::{self, Below};
-use crate::durable::{self, FileError, blocking};
 use crate::disk::FROZEN_MODE;
+use crate::durable::{self, FileError, blocking};
 use crate::qemu::disk::{Access, Backing, image_node, layer_node, layer_options};
 use crate::vm::VmRuntime;
 
@@ -122,10 +122,8 @@ pub async fn switch(qmp: &Qmp, old_top: &LayerId, new_top: &LayerId) -> Result<(
 /// When QEMU can't be asked.
 pub async fn top_of(qmp: &Qmp, chain: &[LayerId]) -> Result<Option<LayerId>, QmpError> {
     let drives = qmp.call(QueryBlock {}).await?;
-    let used: Vec<String> = drives
-        .into_iter()
-        .filter_map(|drive| drive.inserted.and_then(|node| node.node_name))
-        .collect();
+    let used: Vec<String> =
+        drives.into_iter().filter_map(|drive| drive.inserted.and_then(|node| node.node_name)).collect();
     Ok(chain.iter().rev().find(|layer| used.contains(&layer_node(layer))).cloned())
 }
 
@@ -225,7 +223,8 @@ pub async fn flush(path: &Path) -> Result<(), Problem> {
 /// When QEMU or the system refuses.
 pub async fn freeze(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
     if let Ok(qmp) = vm.qmp() {
-        let mut node = layer_options(vm.dirs()?, layer, &backing_of(vm, layer)?, Access::Frozen);
+        let access = Access::JustFrozen { direct_io: direct_io(vm)? };
+        let mut node = layer_options(vm.dirs()?, layer, &backing_of(vm, layer)?, access);
         let file = node.remove("file").unwrap_or_default();
         node.insert("file".into(), file["node-name"].clone());
         // One after the other: the file can be opened for reading alone only once nothing above it would write.
