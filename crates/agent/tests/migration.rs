@@ -2,16 +2,19 @@
 //! and when, and every page and file in it is right.
 
 #[path = "snapshot/host.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod host;
 #[path = "migration/pair.rs"]
 mod pair;
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_api::agent::{TaskOutput, TaskSpec, TaskState};
 use berth_model::migration::MigrationReport;
 use berth_model::vm::VmState;
 use berth_model::{OperationId, Problem, ProblemCode};
+use berth_qmp::{EventKind, Qmp};
 use guest_probe::memory::{Rewrite, Settings};
 use host::{LONG, TestVm, entropy, layer, snapshot};
 use pair::{Link, Pair};
@@ -45,14 +48,7 @@ impl Pair {
         let migration = OperationId::from_entropy(entropy());
         self.admit(vm, &migration, shared_pool).await;
         let order = self.order(&migration, &self.target_address.to_string(), shared_pool);
-        let result = self.source.task(&vm.id, order).await;
-        if result.is_err() {
-            for host in [&self.source, &self.target] {
-                let log = std::fs::read_to_string(host.root().join("run").join(vm.id.as_str()).join("qemu.log"));
-                println!("{}: {log:?}", host.id);
-            }
-        }
-        match result? {
+        match self.source.task(&vm.id, order).await? {
             TaskOutput::Moved { report, .. } => Ok(report),
             other => panic!("{other:?}"),
         }
@@ -113,4 +109,141 @@ async fn a_guest_moves_between_pools_with_its_disk_and_snapshots() {
     pair.target.task(&vm.id, restored).await.expect("restored there");
     let found = pair.target.probe(&vm.id).verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 20, 0));
+}
+
+/// What is left to the manager when the source's task is over; gives whether the VM has moved.
+async fn settle(pair: &Pair, vm: &TestVm, migration: &OperationId, result: Result<TaskOutput, Problem>) -> bool {
+    let moved = match result {
+        Ok(TaskOutput::Moved { .. }) => true,
+        Ok(TaskOutput::HandedOver { .. }) => {
+            let spec = TaskSpec::TakeOver { migration: migration.clone() };
+            pair.target.task(&vm.id, spec).await.expect("taken over");
+            true
+        }
+        Ok(other) => panic!("{other:?}"),
+        Err(_) => {
+            pair.refuse(vm, migration, false).await;
+            false
+        }
+    };
+    let (here, there) = if moved { (&pair.target, &pair.source) } else { (&pair.source, &pair.target) };
+    assert_eq!(here.state(&vm.id), Some(VmState::Running));
+    assert!(matches!(there.state(&vm.id), None | Some(VmState::Stopped | VmState::Paused)));
+    let found = here.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files_wrong), (0, 0));
+    moved
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_breaks_anywhere_leaves_the_guest_running_exactly_once() {
+    let pair = Pair::with_own_pools().await;
+    let vm = pair.source.running_vm(128).await;
+    let probe = pair.source.probe(&vm.id);
+    probe.set(Settings { memory_mib: 16, rate_mib_s: 4, hot_mib: 8, ..BUSY }, LONG).expect("busy");
+    probe.write(10).expect("files");
+    let mut bytes_max = 1000;
+    loop {
+        let link = Link::to(pair.target_address, bytes_max).await;
+        let migration = migration();
+        pair.admit(&vm, &migration, false).await;
+        let result = pair.source.task(&vm.id, pair.order(&migration, &link.address.to_string(), false)).await;
+        let carried = link.carried.load(Ordering::Relaxed);
+        println!("{bytes_max}: {:?}", result.as_ref().map(|_| "moved").map_err(|problem| &problem.message));
+        if settle(&pair, &vm, &migration, result).await {
+            break;
+        }
+        assert!(carried > bytes_max, "it failed before the link broke");
+        // Steps that grow, and become small near the end, which is where it gets delicate.
+        bytes_max += (bytes_max / 3).clamp(20_000, 6_000_000);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_breaks_while_the_guest_stands_still_leaves_it_running_exactly_once() {
+    let pair = Pair::with_own_pools().await;
+    let vm = pair.source.running_vm(128).await;
+    pair.source.probe(&vm.id).write(10).expect("files");
+    let observed = pair.source.root().join("run").join(vm.id.as_str()).join("observe.sock");
+    let qmp = Qmp::connect(observed).await.expect("monitor");
+    for delay_us in (0..).step_by(700) {
+        let link = Link::to(pair.target_address, u64::MAX).await;
+        let migration = migration();
+        pair.admit(&vm, &migration, false).await;
+        let mut events = qmp.events();
+        let task = pair.source.put(&vm.id, pair.order(&migration, &link.address.to_string(), false));
+        events.wait_for(|kind| *kind == EventKind::Stop).await.expect("stopped");
+        tokio::time::sleep(Duration::from_micros(delay_us)).await;
+        link.cut.cancel();
+        let result = pair.source.wait(&task).await;
+        println!("{delay_us}: {result:?}");
+        if settle(&pair, &vm, &migration, result).await {
+            break;
+        }
+    }
+}
+
+/// A migration that is slow enough to be disturbed while memory goes over.
+async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str) -> String {
+    pair.admit(vm, migration, false).await;
+    let TaskSpec::MoveVm { target, target_address, spare_layers, .. } = pair.order(migration, address, false) else {
+        panic!("an order");
+    };
+    let spec = TaskSpec::MoveVm {
+        migration: migration.clone(),
+        target,
+        target_address,
+        shared_pool: false,
+        bandwidth_bytes_per_second: Some(4 << 20),
+        spare_layers,
+    };
+    let task = pair.source.put(&vm.id, spec);
+    let mut after = 0;
+    loop {
+        let shown = pair.source.agent.tasks().show(&task, Some(after), LONG).await.expect("task");
+        after = shown.version;
+        match shown.state {
+            TaskState::Running { progress } if progress.phase == "warm-up" && progress.round > 0 => return task,
+            TaskState::Running { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancelling_or_killing_in_the_warm_up_leaves_the_guest_where_it_is() {
+    let mut pair = Pair::with_own_pools().await;
+    let vm = pair.source.running_vm(128).await;
+    pair.source.probe(&vm.id).write(10).expect("files");
+    let address = pair.target_address.to_string();
+
+    let cancelled = migration();
+    let task = slow(&pair, &vm, &cancelled, &address).await;
+    pair.source.agent.tasks().cancel(&task).expect("cancelled");
+    let result = pair.source.wait(&task).await;
+    assert_eq!(result.as_ref().expect_err("cancelled").code, ProblemCode::Cancelled);
+    assert!(!settle(&pair, &vm, &cancelled, result).await);
+
+    let killed = migration();
+    let task = slow(&pair, &vm, &killed, &address).await;
+    host::kill(pair.target.pid(&vm.id).expect("a process that waits"));
+    let result = pair.source.wait(&task).await;
+    let problem = result.as_ref().expect_err("killed");
+    assert_eq!(problem.code, ProblemCode::Hypervisor, "{problem:?}");
+    assert!(!settle(&pair, &vm, &killed, result).await);
+
+    let cut = migration();
+    let link = Link::to(pair.target_address, u64::MAX).await;
+    let task = slow(&pair, &vm, &cut, &link.address.to_string()).await;
+    link.cut.cancel();
+    let result = pair.source.wait(&task).await;
+    assert_eq!(result.as_ref().expect_err("cut").code, ProblemCode::Unreachable);
+    assert!(!settle(&pair, &vm, &cut, result).await);
+
+    let orphaned = migration();
+    slow(&pair, &vm, &orphaned, &address).await;
+    pair.source.replace_agent().await;
+    assert_eq!(pair.source.state(&vm.id), Some(VmState::Running));
+    let lost = Err(Problem::new(ProblemCode::Unreachable, "the agent died"));
+    assert!(!settle(&pair, &vm, &orphaned, lost).await);
+    pair.move_vm(&vm, false).await.expect("and in the end it moves");
 }

@@ -1,15 +1,13 @@
 //! Snapshots on a real QEMU: what is taken comes back, and what fails harms nobody.
 
 #[path = "snapshot/host.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod host;
 
-use std::time::{Duration, Instant};
-
-use berth_agent::snapshot::archive;
 use berth_api::agent::{TaskOutput, TaskSpec};
 use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
 use berth_model::vm::VmState;
-use berth_model::{ProblemCode, SnapshotId};
+use berth_model::SnapshotId;
 use guest_probe::memory::{Rewrite, Settings};
 use host::{LONG, TestHost, TestVm, layer, snapshot};
 

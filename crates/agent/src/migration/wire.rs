@@ -292,6 +292,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 Ok(0) if filled == 0 && may_end => return Err(WireError::Closed),
                 Ok(0) => return Err(WireError::Broken(std::io::ErrorKind::UnexpectedEof.into())),
                 Ok(read) => filled += read,
+                // TLS minds that it was not said good-bye to; what counts is whether a frame was cut.
+                Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                    let whole = filled == 0 && may_end;
+                    let cut = || WireError::Broken(std::io::ErrorKind::UnexpectedEof.into());
+                    return Err(if whole { WireError::Closed } else { cut() });
+                }
                 Err(error) => return Err(WireError::Broken(error)),
             }
         }

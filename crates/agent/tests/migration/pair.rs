@@ -78,7 +78,7 @@ async fn host(
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listener");
     let address = listener.local_addr().expect("address");
     let (_, tls) = watch::channel(server);
-    tokio::spawn(serve::serve(listener, tls, router(&host.agent), stopped));
+    host.spawn(serve::serve(listener, tls, router(&host.agent), stopped));
     (host, address)
 }
 

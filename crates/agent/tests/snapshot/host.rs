@@ -20,6 +20,7 @@ use berth_model::vm::{Nic, VmSpec, VmState};
 use berth_model::{HostId, ImageId, LayerId, Problem, SnapshotId, Timestamp, VmId};
 use guest_probe::client::ProbeClient;
 use guest_probe::image::GuestImage;
+use tokio::runtime::Runtime;
 
 /// Longest wait for anything: an emulated guest on a busy machine boots in a fraction of it.
 pub const LONG: Duration = Duration::from_secs(120);
@@ -61,6 +62,8 @@ pub fn open_directory(path: &Path) {
 
 pub struct TestHost {
     pub agent: Arc<Agent>,
+    /// What the agent's tasks run on: it dies by losing it.
+    runtime: Option<Runtime>,
     pub id: HostId,
     root: tempfile::TempDir,
     config: AgentConfig,
@@ -99,14 +102,22 @@ impl TestHost {
         };
         std::fs::create_dir_all(&config.state_dir).expect("state");
         std::fs::create_dir_all(&config.run_dir).expect("run");
-        let agent = start_agent(&id, &config, &peers).await;
-        Self { agent, id, root, config, peers, vms: std::sync::Mutex::default() }
+        let (agent, runtime) = start_agent(&id, &config, &peers).await;
+        Self { agent, runtime: Some(runtime), id, root, config, peers, vms: std::sync::Mutex::default() }
     }
 
-    /// The agent dies and another takes its place.
-    pub async fn restart_agent(&mut self) {
-        self.agent.stop();
-        self.agent = start_agent(&self.id, &self.config, &self.peers).await;
+    /// The agent dies in the middle of whatever it does, and another takes its place.
+    pub async fn replace_agent(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+        let (agent, runtime) = start_agent(&self.id, &self.config, &self.peers).await;
+        (self.agent, self.runtime) = (agent, Some(runtime));
+    }
+
+    /// Has something done where the agent's tasks are.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.as_ref().expect("alive").spawn(work);
     }
 
     pub fn root(&self) -> &Path {
@@ -131,6 +142,7 @@ impl TestHost {
     pub fn put(&self, vm: &VmId, spec: TaskSpec) -> String {
         let id = LayerId::from_entropy(entropy()).to_string();
         self.vms.lock().expect("lock").push(vm.clone());
+        let _guard = self.runtime.as_ref().expect("alive").enter();
         self.agent.put_task(&id, PutTask { vm: Some(vm.clone()), generation: 1, spec }).expect("put");
         id
     }
@@ -207,7 +219,9 @@ impl TestHost {
 
 impl Drop for TestHost {
     fn drop(&mut self) {
-        self.agent.stop();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
         let vms = std::mem::take(&mut *self.vms.lock().expect("lock"));
         for pid in vms.iter().filter_map(|vm| self.pid(vm)) {
             kill(pid);
@@ -222,7 +236,19 @@ pub fn kill(pid: i32) {
     }
 }
 
-async fn start_agent(id: &HostId, config: &AgentConfig, peers: &Arc<dyn PeerConnector>) -> Arc<Agent> {
+async fn start_agent(
+    id: &HostId,
+    config: &AgentConfig,
+    peers: &Arc<dyn PeerConnector>,
+) -> (Arc<Agent>, Runtime) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.expect("runtime");
+    let (id, config, peers) = (id.clone(), config.clone(), Arc::clone(peers));
+    let agent = runtime.spawn(async move { new_agent(&id, &config, &peers).await }).await.expect("started");
+    (agent, runtime)
+}
+
+async fn new_agent(id: &HostId, config: &AgentConfig, peers: &Arc<dyn PeerConnector>) -> Arc<Agent> {
     let nobody = sandbox::can_become_users_from(config.user_id_base).then_some(config.user_id_base);
     let launcher = ProcessLauncher::new(
         config.qemu_binary.clone(),
@@ -302,11 +328,3 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
     }
 }
 
-/// Waits until `true`, looking often.
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !holds() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
