@@ -18,6 +18,10 @@ use serde_json::{Map, Value, json};
 const VM: &str = "books";
 /// What the guest holds and rewrites while it works.
 const WORK: Settings = Settings { memory_mib: 96, rate_mib_s: 10, hot_mib: 0, rewrite: Rewrite::Whole };
+/// Pages of memory that it holds then.
+const PAGES: u64 = 96 * 256;
+/// Files that it writes.
+const FILES: u32 = 50;
 /// How often the client outside asks the guest.
 const ASK_EVERY: Duration = Duration::from_millis(2);
 /// How long a guest may be silent after a step before the demo gives up.
@@ -103,7 +107,7 @@ fn create(cluster: &Cluster) -> Result<Guest> {
 fn work(guest: &Guest) -> Result<()> {
     say(3, "the guest works: files written and fsynced, memory rewritten, a counter ticking, UDP answered");
     guest.probe.set(WORK, Duration::from_secs(60))?;
-    let files = guest.probe.write(50)?;
+    let files = guest.probe.write(FILES)?;
     let seen = guest.verify()?;
     done(format!(
         "{files} files, {} pages of memory, all verified; {} MiB/s rewritten",
@@ -126,6 +130,8 @@ fn snapshot(cluster: &Cluster, figures: &mut Figures) -> Result<()> {
         number(&working["facts"]["total_ms"])?
     ));
     figures.add("snapshot_paused_ms", paused_ms, "guest paused by a snapshot with memory");
+    cluster.berth.run(&["snapshot", "pin", VM, "working"])?;
+    done("it is pinned: from now on the baseline");
     Ok(())
 }
 
@@ -212,6 +218,10 @@ fn break_and_restore(cluster: &Cluster, figures: &mut Figures) -> Result<()> {
     );
 
     let seen = cluster.guest(VM)?.probe.verify(Duration::from_secs(120))?;
+    ensure!(
+        seen.files == u64::from(FILES) && seen.pages == PAGES,
+        "the guest came back as it was at some other time"
+    );
     done(format!(
         "{} pages and {} files verified against the baseline: {} and {} wrong",
         seen.pages, seen.files, seen.pages_wrong, seen.files_wrong
