@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::AgentConfig;
 use crate::durable::{self, FileError};
-use crate::image::{self, Images};
+use crate::image::{self, Holder, Images};
 use crate::launcher::{Hypervisor, LaunchError, ProcessRecord};
 use crate::layout::{HostRecord, Layout};
 use crate::pool::{self, PoolError};
@@ -168,8 +168,9 @@ impl Agent {
         let (services, images) = (Arc::clone(&self.services), Arc::clone(&self.images));
         let vm = context.put().vm.clone();
         match context.put().spec.clone() {
-            TaskSpec::FetchImage { image, pool, from, from_address } => Box::pin(async move {
-                let fetched = images.fetch(&services, &context, &image, &pool, (&from, &from_address)).await;
+            TaskSpec::FetchImage { image, pool, from, from_pool, from_address } => Box::pin(async move {
+                let from = Holder { host: &from, pool: &from_pool, address: &from_address };
+                let fetched = images.fetch(&services, &context, &image, &pool, from).await;
                 // Whoever put the task may have gone with the runtime.
                 let _ = reply.send(fetched.map(|()| TaskOutput::Done));
             }),

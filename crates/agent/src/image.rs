@@ -11,6 +11,7 @@ use std::path::Path;
 
 use berth_api::agent::{PartQuery, StoredPart, VmDefinition};
 use berth_model::image::{Image, ImagePart, PartFormat, PartRole};
+use berth_model::name::Name;
 use berth_model::{HostId, ImageId, Problem, ProblemCode};
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +101,17 @@ where
     http_body_util::BodyExt::into_data_stream(body).map_err(|error| error.to_string()).boxed()
 }
 
+/// Who has an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Holder<'a> {
+    /// The host; this one, when it has it in another pool.
+    pub host: &'a HostId,
+    /// In which of its pools.
+    pub pool: &'a Name,
+    /// The host's address.
+    pub address: &'a str,
+}
+
 /// One at a time changes an image's record.
 #[derive(Debug, Default)]
 pub struct Images {
@@ -148,16 +160,16 @@ impl Images {
         services: &Services,
         task: &crate::task::TaskContext,
         image: &Image,
-        pool: &berth_model::name::Name,
-        from: (&HostId, &str),
+        pool: &Name,
+        from: Holder<'_>,
     ) -> Result<(), Problem> {
         let dirs = services.layout.pool(pool)?;
-        let client = services.peers.connect(from.0, from.1);
+        let client = services.peers.connect(from.host, from.address);
         for part in &image.parts {
             let expected = Expected::from_part(part)?;
             task.phase(&format!("fetching the {}", part.role.as_str()));
             let path = berth_api::agent::PoolImagePath {
-                pool: pool.clone(),
+                pool: from.pool.clone(),
                 image: image.id.clone(),
                 role: part.role,
             };

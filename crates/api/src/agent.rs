@@ -50,8 +50,10 @@ pub enum TaskSpec {
         image: Image,
         /// The pool.
         pool: Name,
-        /// The host that has it.
+        /// The host that has it; it may be this one, when it has it in another pool.
         from: HostId,
+        /// The pool in which that host has it.
+        from_pool: Name,
         /// That host's address.
         from_address: String,
     },

@@ -21,6 +21,7 @@ fn fetch(image: &Image, from: &Host) -> TaskSpec {
         image: image.clone(),
         pool: "local".parse().expect("name"),
         from: from.id.clone(),
+        from_pool: "local".parse().expect("name"),
         from_address: "198.18.5.1:7443".into(),
     }
 }

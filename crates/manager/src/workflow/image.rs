@@ -1,7 +1,9 @@
 //! Images: bringing one to a pool that lacks it, and deleting one everywhere.
 
+use std::sync::Arc;
+
 use berth_api::agent::TaskSpec;
-use berth_model::host::{Host, HostState};
+use berth_model::host::{Host, HostState, PoolReport};
 use berth_model::image::Image;
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
@@ -53,12 +55,13 @@ pub(crate) async fn ensure<W: Workflow>(
     if records.get::<ImagePlace>(&place_id).is_some() {
         return Ok(());
     }
-    let from = holder(&run.cluster, &image, pool)?;
+    let (from, from_pool) = holder(&run.cluster, &image, pool)?;
     run.phase(&format!("fetching image {} from host {}", image.name, from.name));
     let spec = TaskSpec::FetchImage {
         image: image.value.clone(),
         pool: pool.clone(),
         from: from.value.id.clone(),
+        from_pool,
         from_address: from.address.clone(),
     };
     run.command(Command { host: &host.value.id, vm: None, label: "fetch-image", spec }).await?;
@@ -68,17 +71,20 @@ pub(crate) async fn ensure<W: Workflow>(
     Ok(())
 }
 
-/// A host that answers and has the image in a pool of this name.
-fn holder(cluster: &Cluster, image: &Row<Image>, pool: &Name) -> Result<std::sync::Arc<Row<Host>>, Problem> {
+/// A host that answers and has the image, and the pool in which it has it: one of the name `pool` before others.
+fn holder(cluster: &Cluster, image: &Row<Image>, pool: &Name) -> Result<(Arc<Row<Host>>, Name), Problem> {
     let places = cluster.records.places_of(&image.value.id);
-    let has = |host: &Host| {
-        host.state == HostState::Online
-            && host
-                .pool(pool)
-                .is_some_and(|report| places.iter().any(|place| place.pool_uuid == report.pool_uuid))
-    };
-    cluster.records.list::<Host>().into_iter().find(|host| has(host)).ok_or_else(|| {
-        let message = format!("no host that answers has image {} in its pool {pool}", image.name);
+    let holds = |report: &&PoolReport| places.iter().any(|place| place.pool_uuid == report.pool_uuid);
+    let mut holders: Vec<(Arc<Row<Host>>, Name)> = Vec::new();
+    for host in cluster.records.list::<Host>() {
+        let online = host.state == HostState::Online;
+        let pools = host.inventory.iter().filter(|_| online).flat_map(|inventory| &inventory.pools);
+        let names: Vec<Name> = pools.filter(holds).map(|report| report.name.clone()).collect();
+        holders.extend(names.into_iter().map(|name| (Arc::clone(&host), name)));
+    }
+    holders.sort_by_key(|(_, name)| name != pool);
+    holders.into_iter().next().ok_or_else(|| {
+        let message = format!("no host that answers has image {} in any of its pools", image.name);
         Problem::new(ProblemCode::Unreachable, message)
     })
 }
