@@ -19,9 +19,9 @@ use berth_manager::agents::AgentConnector;
 use berth_manager::clock::Entropy;
 use berth_manager::cluster::Settings;
 use berth_manager::{Manager, Parts};
-use berth_model::HostId;
 use berth_model::host::Host;
 use berth_model::name::Name;
+use berth_model::{HostId, VmId};
 use berth_store::MemoryStore;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
@@ -31,7 +31,7 @@ use crate::fault::Faults;
 use crate::launcher::{SimImages, SimLauncher};
 use crate::network::Network;
 use crate::oracle::Oracle;
-use crate::qemu::{Guests, Pace, World};
+use crate::qemu::{FakeQemu, Guests, Pace, World};
 
 pub mod act;
 
@@ -191,9 +191,12 @@ impl SimCluster {
             || {},
             move |ready| async move {
                 let manager = Manager::new(parts).await.expect("the store's records are good");
-                if let Some(first) = manager.first_start() {
-                    told.send(first.secret().to_owned()).expect("the cluster waits");
-                    first.commit(manager.cluster()).await.expect("an empty store takes them");
+                match manager.first_start() {
+                    Some(first) => {
+                        told.send(first.secret().to_owned()).expect("the cluster waits");
+                        first.commit(manager.cluster()).await.expect("an empty store takes them");
+                    }
+                    None => drop(told),
                 }
                 manager.start().await.expect("what was under way can be gone on with");
                 ready();
@@ -262,6 +265,39 @@ impl SimCluster {
     pub async fn cut_power(&self, number: usize) {
         self.hosts[number].launcher.power_cut();
         self.kill_agent(number).await;
+    }
+
+    /// The hosts on which a VM has processes, whether their guests run or not.
+    pub fn processes_of(&self, vm: &VmId) -> Vec<String> {
+        let mut found = Vec::new();
+        for host in &self.hosts {
+            let alive = |qemu: &FakeQemu| qemu.vm() == vm && qemu.ended().borrow().is_none();
+            found.extend(
+                host.launcher.machines().iter().filter(|qemu| alive(qemu)).map(|_| host.name.clone()),
+            );
+        }
+        found
+    }
+
+    /// The names of the VMs' directories: in each host's state, runtime directory and pool.
+    pub fn vm_directories(&self) -> Vec<(String, Vec<String>)> {
+        let mut all = Vec::new();
+        for host in &self.hosts {
+            let config = &host.config;
+            let pool = config.pools[0].path.join("vms");
+            for directory in [config.state_dir.join("vms"), config.run_dir.clone(), pool] {
+                let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+                let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+                all.push((directory.display().to_string(), names.collect()));
+            }
+        }
+        all
+    }
+
+    /// Ends the machines that obey no more.
+    pub fn kill_hung(&self) {
+        let machines = self.hosts.iter().flat_map(|host| host.launcher.machines());
+        machines.filter(FakeQemu::hangs).for_each(|qemu| qemu.kill());
     }
 
     /// Ends everything.

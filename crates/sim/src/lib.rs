@@ -11,7 +11,7 @@
 //! still, and says what was wrong.
 //!
 //! Read in this order: [`oracle`] (what must hold), [`qemu`], [`launcher`] (how agents get it), [`network`], and
-//! [`cluster`], which puts all together.
+//! [`cluster`], which puts all together, and [`story`], which shakes it.
 
 pub mod oracle;
 
@@ -23,6 +23,8 @@ pub mod launcher;
 pub mod network;
 
 pub mod cluster;
+
+pub mod story;
 
 pub mod chance;
 

@@ -275,6 +275,11 @@ impl FakeQemu {
         &self.shared.start.vm
     }
 
+    /// Whether it obeys no more.
+    pub fn hangs(&self) -> bool {
+        self.shared.lock().hangs
+    }
+
     /// What its guest remembers now.
     pub fn memory(&self) -> Memory {
         self.shared.lock().guest.memory()

@@ -161,3 +161,20 @@ async fn a_qemu_that_fails_is_told_of_in_its_own_words_and_leaves_nothing() {
     verdict(&cluster);
     cluster.shut_down().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_whose_qemu_hangs_can_be_stopped_and_put_back() {
+    tell();
+    let cluster = SimCluster::new(1, 5).await;
+    let vm = cluster.create_vms(1).await.remove(0);
+    with_baseline(&cluster, &vm).await;
+    let faults = &cluster.world().faults;
+    faults.plan(&vm, Fault::Hang(Moment::next("stop")));
+    assert!(act(&cluster, &vm, Act::Pause).await.is_err(), "it says nothing");
+    good(&cluster, &vm, Act::Stop).await;
+    assert!(cluster.processes_of(&vm).is_empty());
+    good(&cluster, &vm, Act::Restore(None)).await;
+    assert_eq!(cluster.world().oracle.running_on(&vm), ["host-1"]);
+    verdict(&cluster);
+    cluster.shut_down().await;
+}

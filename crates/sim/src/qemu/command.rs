@@ -124,6 +124,7 @@ fn block(
     match name {
         "blockdev-add" => disk.add(arguments),
         "blockdev-del" => disk.remove(text(arguments, "node-name")),
+        "blockdev-reopen" => disk.reopen(arguments),
         "transaction" => disk.transaction(&arguments["actions"]),
         "query-block" => Ok(disk.drives()),
         "query-named-block-nodes" => Ok(disk.described_nodes()),

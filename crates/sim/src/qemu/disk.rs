@@ -109,6 +109,30 @@ impl Disk {
         Ok(json!({}))
     }
 
+    /// `blockdev-reopen`, of nodes and of the files right below them, which have the node's name behind an `f`.
+    pub(crate) fn reopen(&mut self, arguments: &Value) -> Result<Value, Refusal> {
+        for options in arguments["options"].as_array().into_iter().flatten() {
+            let name = options["node-name"].as_str().unwrap_or_default();
+            let read_only = options["read-only"].as_bool().unwrap_or(false);
+            if let Some(node) = self.nodes.get_mut(name) {
+                if node.backing.as_deref() != options["backing"].as_str() {
+                    return Err(Refusal::new(format!("Node '{name}' has another backing node")));
+                }
+                node.read_only = read_only;
+                continue;
+            }
+            match name.strip_prefix('f').and_then(|above| self.nodes.get(above)) {
+                Some(above) if read_only && !above.read_only => {
+                    let message = format!("Block node '{name}' is read-only, but its parent wants to write");
+                    return Err(Refusal::new(message));
+                }
+                Some(_) => {}
+                None => return Err(Refusal::new(format!("Failed to find node with node-name='{name}'"))),
+            }
+        }
+        Ok(json!({}))
+    }
+
     /// `transaction`: all of it or nothing.
     pub(crate) fn transaction(&mut self, actions: &Value) -> Result<Value, Refusal> {
         let (nodes, top) = (self.nodes.clone(), self.top.clone());
@@ -173,7 +197,9 @@ impl Disk {
         if let Some(overlay) = self.nodes.get_mut(&job.overlay) {
             overlay.backing = None;
         }
-        let Some(base) = self.nodes.get(&job.base) else { return Ok(None) };
+        let Some(base) = self.nodes.get_mut(&job.base) else { return Ok(None) };
+        // QEMU opens it for writing by itself.
+        base.read_only = false;
         if let (Some(memory), Some(layer)) = (written, layer_of(&base.path)) {
             write(&base.path, memory).map_err(|error| Refusal::new(error.to_string()))?;
             return Ok(Some((layer, memory)));

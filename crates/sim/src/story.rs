@@ -1,0 +1,405 @@
+//! A story that a seed tells: users do what users do, links are cut, daemons and machines die, and in the end everything
+//! is healed, settles, and is looked at.
+//!
+//! What may happen is only limited by what a user can ask and what can break; refusals and failures on the way are fine.
+//! What is not: a guest that runs twice or loses its past (the oracle sees it at once), and an end in which records,
+//! agents, machines and files do not say the same, or a VM that can't be used any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use berth_api::agent::VmReport;
+use berth_model::VmId;
+use berth_model::host::HostState;
+use berth_model::vm::{Vm, VmState};
+use tokio::task::JoinSet;
+
+use crate::chance::Chance;
+use crate::cluster::act::Act;
+use crate::cluster::{MANAGER, RequestError, USER, VmWish, done};
+use crate::fault::{Fault, Moment};
+use crate::network::Cut;
+use crate::qemu::Pace;
+use crate::{Plan, SimCluster};
+
+/// How many hosts a story has.
+const HOSTS: usize = 3;
+/// How many VMs it begins with.
+const VMS: usize = 6;
+/// How many things happen.
+const HAPPENINGS: u64 = 60;
+/// The longest time between two of them: short, against the time that a migration takes.
+const PAUSE_MAX: Duration = Duration::from_millis(120);
+/// The longest pass over memory.
+const PASS_MAX: Duration = Duration::from_millis(60);
+/// How long something is gone at most.
+const GONE_MAX: Duration = Duration::from_millis(1500);
+/// How long everything may take to settle once it is healed. Operations wait for hosts that are gone with pauses of
+/// seconds, and a host is believed to be gone for some.
+const SETTLE: Duration = Duration::from_secs(90);
+/// How long a story may take: it has some hundred waits of its own, each with an end.
+const ALL_OF_IT: Duration = Duration::from_secs(300);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What became of a story.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// How many wishes came true.
+    pub succeeded: usize,
+    /// How many were refused, failed or cut off.
+    pub failed: usize,
+    /// How long it took to settle.
+    pub settled_after: Duration,
+}
+
+/// Tells the story of a seed.
+///
+/// # Errors
+/// What was wrong, with what happened before.
+pub async fn tell(seed: u64) -> Result<Told, String> {
+    let pace = Pace { pass: PASS_MAX, ..Pace::default() };
+    let plan = Plan { shared_pool: seed.is_multiple_of(2), pace, ..Plan::new(HOSTS, seed) };
+    let story = Story {
+        cluster: Arc::new(SimCluster::with(plan).await),
+        chance: Chance::new(seed),
+        began: Instant::now(),
+        happened: Mutex::default(),
+    };
+    // A wish is a request, and requests have no end of their own.
+    let told = match tokio::time::timeout(ALL_OF_IT, story.run()).await {
+        Ok(told) => told,
+        Err(_) => Err("it does not come to an end".to_owned()),
+    };
+    let happened = story.happened();
+    let cluster = Arc::into_inner(story.cluster).ok_or("somebody still uses the cluster")?;
+    let verdict = cluster.world().oracle.verdict();
+    cluster.shut_down().await;
+    match (verdict, told) {
+        (Ok(()), Ok(told)) => Ok(told),
+        (Err(wrong), _) | (Ok(()), Err(wrong)) => {
+            Err(format!("seed {seed}: {wrong}\nwhat happened:\n{happened}"))
+        }
+    }
+}
+
+struct Story {
+    cluster: Arc<SimCluster>,
+    chance: Chance,
+    began: Instant,
+    happened: Mutex<Vec<String>>,
+}
+
+impl Story {
+    async fn run(&self) -> Result<Told, String> {
+        let mut vms = self.cluster.create_vms(VMS).await;
+        let (mut wishes, mut repairs) = (JoinSet::new(), JoinSet::new());
+        let mut told = Told::default();
+        for number in 0..HAPPENINGS {
+            tokio::time::sleep(self.chance.up_to(PAUSE_MAX)).await;
+            match self.chance.below(10) {
+                0 => self.cut_something(&mut repairs),
+                1 => self.kill_something(&mut repairs).await,
+                2 => self.break_something(&vms),
+                3 if self.chance.one_in(2) => self.wish_for_vm(number, &mut wishes),
+                _ => self.wish(&vms, &mut wishes),
+            }
+            while let Some(Ok(wished)) = wishes.try_join_next() {
+                vms.extend(self.came_true(wished, &mut told));
+            }
+        }
+        while repairs.join_next().await.is_some() {}
+        self.heal().await;
+        while let Some(wished) = wishes.join_next().await {
+            let wished = wished.map_err(|error| format!("a wish broke: {error}"))?;
+            vms.extend(self.came_true(wished, &mut told));
+        }
+        let healed = Instant::now();
+        self.settle().await?;
+        told.settled_after = healed.elapsed();
+        self.use_all().await?;
+        Ok(told)
+    }
+
+    /// Writes down what became of a wish; gives the VM that it made.
+    fn came_true(&self, wished: Wished, told: &mut Told) -> Option<VmId> {
+        let mut happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = self.began.elapsed().as_secs_f64();
+        let line = &mut happened[wished.line];
+        match wished.outcome {
+            Ok(()) => {
+                told.succeeded += 1;
+                let _ = write!(line, ": done by {at:.3}");
+            }
+            Err(error) => {
+                told.failed += 1;
+                let _ = write!(line, ": not done by {at:.3}: {error}");
+            }
+        }
+        wished.made
+    }
+
+    fn wish(&self, vms: &[VmId], wishes: &mut JoinSet<Wished>) {
+        let vm = self.chance.pick(vms).clone();
+        let which = usize::try_from(self.chance.below(8)).unwrap_or(0);
+        let act = match self.chance.below(20) {
+            0..5 => {
+                Act::Migrate(self.chance.one_in(2).then(|| self.chance.pick(&self.cluster.hosts()).clone()))
+            }
+            7..9 => Act::Snapshot,
+            9..12 => Act::Restore((which > 2).then_some(which)),
+            12 => Act::DeleteSnapshot(which),
+            13 => Act::Stop,
+            14 => Act::Shutdown,
+            15..17 => Act::Start,
+            17 => self.chance.pick(&[Act::Pause, Act::Delete]).clone(),
+            18 => Act::Resume,
+            _ => Act::Restart,
+        };
+        let (cluster, log) = (Arc::clone(&self.cluster), self.note(&format!("{vm} {act:?}")));
+        wishes.spawn(async move {
+            let client = cluster.client();
+            let outcome = match act.begin(&client, &vm).await {
+                Ok(None) => Ok(()),
+                Ok(begun) => done(&client, begun).await.map(drop),
+                Err(error) => Err(error),
+            };
+            Wished { line: log, outcome, made: None }
+        });
+    }
+
+    fn wish_for_vm(&self, number: u64, wishes: &mut JoinSet<Wished>) {
+        let wish = VmWish { name: format!("later-{number}"), ..VmWish::default() };
+        let (cluster, log) = (Arc::clone(&self.cluster), self.note(&format!("{} Create", wish.name)));
+        wishes.spawn(async move {
+            let made = cluster.create_vm(&wish).await;
+            match made {
+                Ok(vm) => Wished { line: log, outcome: Ok(()), made: Some(vm) },
+                Err(error) => Wished { line: log, outcome: Err(error), made: None },
+            }
+        });
+    }
+
+    fn cut_something(&self, repairs: &mut JoinSet<()>) {
+        let mut places = self.cluster.hosts();
+        places.push(MANAGER.to_owned());
+        let one = self.chance.pick(&places).clone();
+        let other = self.chance.pick(&places).clone();
+        let other = if one == other { USER.to_owned() } else { other };
+        let how = if self.chance.one_in(2) { Cut::Hard } else { Cut::Silent };
+        self.note(&format!("cut {one} - {other} ({how:?})"));
+        self.cluster.network().cut(&one, &other, how);
+        let (cluster, gone) = (Arc::clone(&self.cluster), self.chance.up_to(GONE_MAX));
+        repairs.spawn(async move {
+            tokio::time::sleep(gone).await;
+            cluster.network().heal(&one, &other);
+        });
+    }
+
+    async fn kill_something(&self, repairs: &mut JoinSet<()>) {
+        let (cluster, gone) = (Arc::clone(&self.cluster), self.chance.up_to(GONE_MAX));
+        if self.chance.one_in(3) {
+            self.note("kill manager");
+            self.cluster.kill_manager().await;
+            repairs.spawn(async move {
+                tokio::time::sleep(gone).await;
+                cluster.start_manager().await;
+            });
+            return;
+        }
+        let number = usize::try_from(self.chance.below(HOSTS as u64)).unwrap_or(0);
+        if self.chance.one_in(8) {
+            self.note(&format!("power cut on host-{}", number + 1));
+            self.cluster.cut_power(number).await;
+        } else {
+            self.note(&format!("kill agent of host-{}", number + 1));
+            self.cluster.kill_agent(number).await;
+        }
+        repairs.spawn(async move {
+            tokio::time::sleep(gone).await;
+            cluster.start_agent(number).await;
+        });
+    }
+
+    fn break_something(&self, vms: &[VmId]) {
+        let vm = self.chance.pick(vms);
+        let moment = Moment::nth_command(1 + self.chance.below(12));
+        let fault = match self.chance.below(4) {
+            0 => Fault::DieAtStart { words: "no such luck".to_owned() },
+            1 => Fault::Hang(moment),
+            2 => Fault::DieAt(moment),
+            _ => Fault::Refuse { moment, words: "not now".to_owned() },
+        };
+        self.note(&format!("{vm} will meet {fault:?}"));
+        self.cluster.world().faults.plan(vm, fault);
+    }
+
+    /// Everything that was broken is whole again.
+    async fn heal(&self) {
+        self.note("heal");
+        self.cluster.world().faults.clear();
+        // A machine that hangs is of no use to anybody. That its VM can be stopped is another test's to show.
+        self.cluster.kill_hung();
+        self.cluster.network().heal_all();
+        self.cluster.start_manager().await;
+        for number in 0..HOSTS {
+            self.cluster.start_agent(number).await;
+        }
+    }
+
+    /// Waits until records, agents and machines say the same, and nothing is under way.
+    async fn settle(&self) -> Result<(), String> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let difference = match self.difference().await {
+                Ok(()) => return Ok(()),
+                Err(difference) => difference,
+            };
+            tracing::debug!("{difference}");
+            // What is wrong for good is not waited for.
+            self.cluster.world().oracle.verdict()?;
+            if Instant::now() > deadline {
+                return Err(format!("does not settle: {difference}"));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Says in what records, agents and machines differ.
+    async fn difference(&self) -> Result<(), String> {
+        let asked = |error: berth_api::ClientError| error.to_string();
+        if let Some(operation) = self.cluster.operations_under_way().await.map_err(asked)?.first() {
+            let vm =
+                operation.vm.as_ref().map(|vm| self.cluster.world().oracle.story(vm)).unwrap_or_default();
+            return Err(format!("{} is under way: {operation:?}\n{vm}", operation.id));
+        }
+        let hosts = self.cluster.host_records().await.map_err(asked)?;
+        if let Some(host) = hosts.iter().find(|host| host.state != HostState::Online) {
+            return Err(format!("{} is offline: {:?}", host.name, host.offline_reason));
+        }
+        let vms = self.cluster.vms().await.map_err(asked)?;
+        let mut said: BTreeMap<(String, VmId), VmReport> = BTreeMap::new();
+        for (number, name) in self.cluster.hosts().into_iter().enumerate() {
+            let report = self.cluster.report_of(number).await.map_err(asked)?;
+            said.extend(report.vms.into_iter().map(|report| ((name.clone(), report.vm.clone()), report)));
+        }
+        for vm in &vms {
+            let owner = hosts.iter().find(|host| Some(&host.id) == vm.status.host.as_ref());
+            let owner = owner.map(|host| host.name.to_string()).unwrap_or_default();
+            let report = said.remove(&(owner.clone(), vm.id.clone()));
+            self.compare(vm, &owner, report.as_ref()).map_err(|difference| {
+                let story = self.cluster.world().oracle.story(&vm.id);
+                format!("{} ({}): {difference}; its record: {:?}\n{story}", vm.id, vm.full_name(), vm.status)
+            })?;
+        }
+        if let Some(((host, vm), report)) = said.first_key_value() {
+            let story = self.cluster.world().oracle.story(vm);
+            return Err(format!("{host} has something of {vm}, which is not its own: {report:?}\n{story}"));
+        }
+        self.files(&vms)
+    }
+
+    fn compare(&self, vm: &Vm, owner: &str, report: Option<&VmReport>) -> Result<(), String> {
+        let running = self.cluster.world().oracle.running_on(&vm.id);
+        let processes = self.cluster.processes_of(&vm.id);
+        if vm.status.operation.is_some() {
+            return Err("an operation has it".to_owned());
+        }
+        let Some(report) = report else {
+            return Err(format!("its host '{owner}' says nothing of it"));
+        };
+        if report.state != vm.status.state || report.migration.is_some() {
+            return Err(format!("its host says {:?}, migration {:?}", report.state, report.migration));
+        }
+        if report.top.as_ref() != Some(&vm.status.top_layer) {
+            return Err(format!("its host says that its top is {:?}", report.top));
+        }
+        let (runs, has): (&[&str], &[&str]) = match vm.status.state {
+            VmState::Running => (&[owner], &[owner]),
+            VmState::Paused => (&[], &[owner]),
+            VmState::Stopped => (&[], &[]),
+            state => return Err(format!("{state} is no state to stay in")),
+        };
+        if running != runs || processes != has {
+            return Err(format!("it runs on {running:?} and has processes on {processes:?}"));
+        }
+        Ok(())
+    }
+
+    /// Nothing is left behind of VMs that are no more, or have moved.
+    fn files(&self, vms: &[Vm]) -> Result<(), String> {
+        let known: BTreeSet<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
+        for (place, directories) in self.cluster.vm_directories() {
+            for directory in directories {
+                if !known.contains(directory.as_str()) {
+                    return Err(format!("{place} still has {directory}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Each VM can still be used, and deleted without a trace.
+    async fn use_all(&self) -> Result<(), String> {
+        let vms = self.cluster.vms().await.map_err(|error| error.to_string())?;
+        for vm in &vms {
+            let mut acts = match vm.status.state {
+                VmState::Stopped => vec![Act::Start],
+                VmState::Paused => vec![Act::Resume],
+                _ => Vec::new(),
+            };
+            acts.extend([Act::Migrate(None), Act::Snapshot, Act::Restore(Some(0)), Act::Stop, Act::Delete]);
+            for act in acts {
+                self.must(&vm.id, act).await?;
+            }
+        }
+        self.settle().await
+    }
+
+    async fn must(&self, vm: &VmId, act: Act) -> Result<(), String> {
+        let client = self.cluster.client();
+        let deadline = Instant::now() + SETTLE;
+        let line = self.note(&format!("afterwards {vm} {act:?}"));
+        loop {
+            let outcome = match act.begin(&client, vm).await {
+                Ok(begun) => done(&client, begun).await.map(drop),
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(()) => return Ok(()),
+                // Berth takes baselines by itself, and may be at it.
+                Err(RequestError::Refused(problem))
+                    if problem.code == berth_model::ProblemCode::Busy && Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                Err(error) => {
+                    let story = self.cluster.world().oracle.story(vm);
+                    return Err(format!("afterwards {vm} can't {act:?} (line {line}): {error}\n{story}"));
+                }
+            }
+        }
+    }
+
+    fn note(&self, what: &str) -> usize {
+        tracing::info!("{what}");
+        let mut happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
+        happened.push(format!("{:>7.3} {what}", self.began.elapsed().as_secs_f64()));
+        happened.len() - 1
+    }
+
+    fn happened(&self) -> String {
+        let happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
+        happened.iter().fold(String::new(), |mut text, line| {
+            let _ = writeln!(text, "  {line}");
+            text
+        })
+    }
+}
+
+struct Wished {
+    line: usize,
+    outcome: Result<(), RequestError>,
+    made: Option<VmId>,
+}
