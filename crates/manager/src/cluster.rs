@@ -124,6 +124,7 @@ impl Cluster {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        self.operations.let_go();
         self.records.close();
     }
 

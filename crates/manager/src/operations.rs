@@ -168,6 +168,11 @@ impl Operations {
         self.handles().iter().filter_map(|handle| handle.target()).collect()
     }
 
+    /// The cluster is shut down: those who follow an operation learn that nothing more comes.
+    pub(crate) fn let_go(&self) {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Goes on with every operation that is not over.
     pub(crate) fn resume(&self) -> Result<(), Problem> {
         let cluster = self.cluster()?;

@@ -15,7 +15,9 @@ use berth_model::{ImageId, Problem, ProblemCode, VmId};
 use crate::agent::Process;
 use crate::faults::settle;
 use crate::scenario::{snapshot, take};
-use crate::world::{Pools, World, begin, create, done, over, quiet, running_vm, until, vm, whole, wish};
+use crate::world::{
+    LONG, Pools, World, begin, create, done, over, quiet, running_vm, until, vm, whole, wish,
+};
 
 fn restore(vm: &VmId, snapshot: Option<&str>, no_undo: bool) -> OperationRequest {
     let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo };
@@ -418,7 +420,7 @@ async fn an_image_is_fetched_once_for_all_that_need_it() {
     .await;
     let operation = whole(&cluster, ask(CreateVm { image: "other".into(), ..wish("c") })).await;
     let problem = operation.problem.expect("a reason");
-    assert_eq!(problem.message, "no host that answers has image other in its pool default");
+    assert_eq!(problem.message, "no host that answers has image other in any of its pools");
     world.agent(0).mend();
     quiet(&cluster).await;
     settle(&world, &cluster).await;
@@ -468,4 +470,24 @@ async fn whoever_asks_may_hang_up_at_any_moment() {
         world.check_whole(&cluster).await;
         cluster.shutdown().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_follows_an_operation_is_let_go_when_the_manager_stops() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    world.agent(0).hold("snapshot");
+    let begun = begin(&cluster, take(&id, "one")).await.expect("a beginning").operation.expect("begun");
+    let mut shown = cluster.operations.subscribe(&begun.id).expect("an operation");
+    let waits = async { cluster.operations.wait(&begun.id, LONG).await.expect("an operation") };
+    let follows = async { while shown.changed().await.is_ok() {} };
+    let asked = tokio::time::Instant::now();
+    let stops = async {
+        tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+        cluster.shutdown().await;
+    };
+    let (waited, (), ()) = tokio::join!(waits, follows, stops);
+    assert!(!waited.state.is_over());
+    assert!(asked.elapsed().as_secs() < 10, "nobody waits for what will not come");
 }
