@@ -104,9 +104,13 @@ fn kill_in_migration(cluster: &Cluster, victim: Victim, when: When) -> Result<()
     Ok(())
 }
 
-/// Waits until no operation is under way and the VM runs, exactly once.
+/// Waits until all hosts are online, no operation is under way and the VM runs, exactly once.
 fn settle(cluster: &Cluster) -> Result<()> {
     wait_until(LIMIT, "everything to settle", || {
+        let Ok(hosts) = cluster.berth.attempt(&["host", "list"])? else { return Ok(false) };
+        if hosts.as_array().into_iter().flatten().any(|host| host["state"] != "online") {
+            return Ok(false);
+        }
         let Ok(list) = cluster.berth.attempt(&["vm", "show", "books"])? else { return Ok(false) };
         let quiet = list["status"]["operation"].is_null() && list["status"]["state"] == "running";
         Ok(quiet && cluster.qemus_of("books")?.len() == 1)
