@@ -33,6 +33,7 @@ pub struct Watchers {
     instants: AtomicU64,
     /// When the last operation on a VM ended: older news is of the time before it.
     fences: Mutex<HashMap<VmId, u64>>,
+    forgot_at: AtomicU64,
     nudges: Mutex<HashMap<HostId, Arc<Notify>>>,
     leftovers: Mutex<BTreeMap<HostId, Vec<VmId>>>,
     paying: Mutex<HashSet<HostId>>,
@@ -60,9 +61,12 @@ impl Watchers {
         self.fences.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), now);
     }
 
-    /// The VM is no more.
-    pub(crate) fn forget(&self, vm: &VmId) {
-        self.fences.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+    /// Forgets the fences of VMs that are no more, the second time that it comes by: an answer that was on its way when
+    /// the VM was deleted must not be taken for news of a stranger.
+    fn forget_fences(&self, exists: impl Fn(&VmId) -> bool) {
+        let last = self.forgot_at.swap(self.instant(), Ordering::SeqCst);
+        let mut fences = self.fences.lock().unwrap_or_else(PoisonError::into_inner);
+        fences.retain(|vm, fence| *fence > last || exists(vm));
     }
 
     fn instant(&self) -> u64 {

@@ -283,10 +283,8 @@ async fn finish<W: Workflow>(
         .await?;
     tracing::info!(operation = %run.id(), kind = %W::KIND, state = state.as_str(), "an operation is over");
     if let Some(vm) = &vm_id {
-        match records.get::<Vm>(vm.as_str()) {
-            Some(row) => row.status.host.iter().for_each(|host| run.cluster.watchers.nudge(host)),
-            None => run.cluster.watchers.forget(vm),
-        }
+        let host = records.get::<Vm>(vm.as_str()).and_then(|row| row.status.host.clone());
+        host.iter().for_each(|host| run.cluster.watchers.nudge(host));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use berth_model::Timestamp;
 use berth_model::snapshot::Snapshot;
+use berth_model::vm::Vm;
 
 use super::baseline::ACTOR;
 use crate::cluster::Cluster;
@@ -21,6 +22,7 @@ const OPERATIONS_KEPT: usize = 10_000;
 pub(super) async fn keep(cluster: Arc<Cluster>) {
     loop {
         expire_snapshots(&cluster).await;
+        cluster.watchers.forget_fences(|vm| cluster.records.get::<Vm>(vm.as_str()).is_some());
         if let Err(error) = forget_operations(&cluster.records).await {
             tracing::error!(%error, "old operations can't be removed");
         }

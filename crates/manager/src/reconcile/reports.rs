@@ -43,7 +43,7 @@ pub(super) async fn apply(cluster: &Cluster, host: &Host, report: &AgentReport, 
             Err(error) => tracing::error!(vm = %row.id, %error, "a report can't be written down"),
         }
     }
-    find_leftovers(cluster, host, report);
+    find_leftovers(cluster, host, report, asked);
 }
 
 /// What a report says of one VM goes into its record.
@@ -105,10 +105,11 @@ pub(super) async fn lose_all(cluster: &Cluster, host: &HostId) -> Result<(), Pro
 }
 
 /// What the host has and, as far as is recorded, should not have.
-fn find_leftovers(cluster: &Cluster, host: &Host, report: &AgentReport) {
+fn find_leftovers(cluster: &Cluster, host: &Host, report: &AgentReport, asked: u64) {
     let mut found: Vec<VmId> = Vec::new();
     for said in &report.vms {
-        if !is_accounted_for(cluster, &host.id, &said.vm) {
+        let news = cluster.watchers.is_news(&said.vm, asked);
+        if news && !is_accounted_for(cluster, &host.id, &said.vm) {
             found.push(said.vm.clone());
         }
     }

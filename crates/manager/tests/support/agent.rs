@@ -106,6 +106,7 @@ struct State {
     refusals: HashMap<&'static str, Problem>,
     script: Option<MoveScript>,
     guests_are: GuestState,
+    lag: Duration,
 }
 
 impl Net {
@@ -122,6 +123,7 @@ impl Net {
                 refusals: HashMap::new(),
                 script: None,
                 guests_are: GuestState::Booting,
+                lag: Duration::ZERO,
             }),
             news: watch::Sender::new(1),
             reachable: watch::Sender::new(true),
@@ -259,6 +261,11 @@ impl FakeAgent {
         self.changed();
     }
 
+    /// Reports take this long on their way.
+    pub fn lag(&self, lag: Duration) {
+        self.lock().lag = lag;
+    }
+
     pub fn machine(&self, vm: &VmId) -> Option<Machine> {
         self.lock().vms.get(vm).cloned()
     }
@@ -301,7 +308,10 @@ impl FakeAgent {
                     let mut news = self.news.subscribe();
                     let _ = tokio::time::timeout(wait, news.wait_for(|now| *now > after)).await;
                 }
-                reply(Ok(self.report()))
+                let report = self.report();
+                let lag = self.lock().lag;
+                tokio::time::sleep(lag).await;
+                reply(Ok(report))
             }
             ("PUT", ["tasks", id]) => reply(self.put(id, serde_json::from_slice(&body).expect("a task"))),
             ("GET", ["tasks", id]) => {

@@ -233,3 +233,26 @@ async fn a_host_that_joins_later_is_watched_without_anybody_saying_so() {
     .await;
     cluster.shutdown().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_deleted_or_moved_is_never_taken_for_a_stranger() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    for turn in 0..10 {
+        // Answers that were given before are still on their way when the VM has gone.
+        world.agent(0).lag(Duration::from_millis(turn * 15));
+        let id = running_vm(&cluster, "books").await;
+        let moved = OperationRequest::VmMigrate { vm: id.clone(), wish: Default::default() };
+        done(&cluster, moved).await;
+        for _ in 0..50 {
+            assert!(cluster.watchers.leftovers().is_empty());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        done(&cluster, OperationRequest::VmDelete { vm: id, force: true }).await;
+        for _ in 0..50 {
+            assert!(cluster.watchers.leftovers().is_empty());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    cluster.shutdown().await;
+}
