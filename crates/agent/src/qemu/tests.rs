@@ -18,11 +18,24 @@ fn dirs() -> VmDirs {
     }
 }
 
+/// JSON with its fields by name: how they are ordered otherwise depends on which features another crate asks of
+/// `serde_json` in the same build.
+fn sorted(value: &serde_json::Value) -> String {
+    let serde_json::Value::Object(fields) = value else { return value.to_string() };
+    let fields: std::collections::BTreeMap<_, _> = fields.iter().collect();
+    let fields: Vec<String> =
+        fields.iter().map(|(name, value)| format!("\"{name}\":{}", sorted(value))).collect();
+    format!("{{{}}}", fields.join(","))
+}
+
 fn lines(machine: &Machine<'_>) -> String {
     let mut text = String::new();
     for argument in machine.arguments() {
         let word = match argument {
-            Argument::Text(text) => text,
+            Argument::Text(text) => match serde_json::from_str::<serde_json::Value>(&text) {
+                Ok(value @ serde_json::Value::Object(_)) => sorted(&value),
+                Ok(_) | Err(_) => text,
+            },
             Argument::WithDescriptor { before, descriptor, after } => {
                 format!("{before}<{descriptor:?}>{after}")
             }
