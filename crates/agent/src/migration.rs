@@ -23,6 +23,7 @@ use crate::vm::VmRuntime;
 
 pub mod convergence;
 pub mod incoming;
+mod journey;
 pub mod link;
 mod marker;
 pub mod outgoing;

@@ -178,6 +178,7 @@ async fn take_of_disk(
     // A first try that died after this step has done it, and nothing has run since.
     if vm.chain()?.last() != Some(new_top) {
         layers::create(vm, last(&frozen)?, new_top).await?;
+        layers::sync(&vm.dirs()?.layer(new_top)).await?;
         let mut chain = frozen.clone();
         chain.push(new_top.clone());
         vm.set_chain(chain).await?;
@@ -205,11 +206,13 @@ async fn take_of_machine(
         match held {
             Some(earlier) => take_again(vm, &draft, &earlier, &old_top, new_top).await,
             None => {
+                let old_top_path = vm.dirs()?.layer(&old_top);
                 let capture = Capture {
                     qmp: vm.qmp()?,
                     files: draft.files(),
                     memory_bytes,
                     old_top: &old_top,
+                    old_top_path: &old_top_path,
                     new_top,
                     was_running: status.running,
                 };
@@ -249,6 +252,7 @@ impl From<Problem> for CaptureFailure {
 async fn prepare_switch(vm: &mut VmRuntime, frozen: &[LayerId], new_top: &LayerId) -> Result<(), Problem> {
     let old_top = last(frozen)?;
     layers::create(vm, old_top, new_top).await?;
+    layers::sync(&vm.dirs()?.layer(new_top)).await?;
     layers::open(vm, new_top).await?;
     let mut chain = frozen.to_vec();
     chain.push(new_top.clone());
@@ -325,8 +329,7 @@ async fn put_away(
     let facts = blocking(move || {
         let file = std::fs::File::open(&newest).map_err(FileError::io(&newest, "opened"))?;
         file.sync_all().map_err(FileError::io(&newest, "brought to the disk"))?;
-        facts.disk_stored_bytes =
-            memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
+        facts.disk_stored_bytes = memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
         facts.total_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let layers = facts.layers.clone();
         let manifest =
@@ -348,12 +351,7 @@ async fn freeze(vm: &VmRuntime, layer: &LayerId) {
 }
 
 /// After a failure: the guest on the layer that it had, the new one gone, and the record saying so.
-async fn undo(
-    vm: &mut VmRuntime,
-    failure: CaptureFailure,
-    frozen: &[LayerId],
-    new_top: &LayerId,
-) -> Problem {
+async fn undo(vm: &mut VmRuntime, failure: CaptureFailure, frozen: &[LayerId], new_top: &LayerId) -> Problem {
     let CaptureFailure { mut problem, switched } = failure;
     let undone = match last(frozen) {
         Ok(old_top) if switched && vm.qmp().is_ok() => layers::take_back(vm, old_top, new_top).await,
@@ -369,7 +367,9 @@ async fn undo(
     };
     if let Err(error) = undone {
         tracing::warn!(vm = %vm.id(), %error, "a failed snapshot leaves a layer more");
-        problem.message.push_str("; the VM goes on with one layer more, because it could not be taken back: ");
+        problem
+            .message
+            .push_str("; the VM goes on with one layer more, because it could not be taken back: ");
         problem.message.push_str(&error.message);
     }
     problem

@@ -112,7 +112,12 @@ async fn a_guest_moves_between_pools_with_its_disk_and_snapshots() {
 }
 
 /// What is left to the manager when the source's task is over; gives whether the VM has moved.
-async fn settle(pair: &Pair, vm: &TestVm, migration: &OperationId, result: Result<TaskOutput, Problem>) -> bool {
+async fn settle(
+    pair: &Pair,
+    vm: &TestVm,
+    migration: &OperationId,
+    result: Result<TaskOutput, Problem>,
+) -> bool {
     let moved = match result {
         Ok(TaskOutput::Moved { .. }) => true,
         Ok(TaskOutput::HandedOver { .. }) => {
@@ -185,7 +190,8 @@ async fn a_link_that_breaks_while_the_guest_stands_still_leaves_it_running_exact
 /// A migration that is slow enough to be disturbed while memory goes over.
 async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str) -> String {
     pair.admit(vm, migration, false).await;
-    let TaskSpec::MoveVm { target, target_address, spare_layers, .. } = pair.order(migration, address, false) else {
+    let TaskSpec::MoveVm { target, target_address, spare_layers, .. } = pair.order(migration, address, false)
+    else {
         panic!("an order");
     };
     let spec = TaskSpec::MoveVm {
@@ -202,7 +208,9 @@ async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str) 
         let shown = pair.source.agent.tasks().show(&task, Some(after), LONG).await.expect("task");
         after = shown.version;
         match shown.state {
-            TaskState::Running { progress } if progress.phase == "warm-up" && progress.round > 0 => return task,
+            TaskState::Running { progress } if progress.phase == "warm-up" && progress.round > 0 => {
+                return task;
+            }
             TaskState::Running { .. } => {}
             other => panic!("{other:?}"),
         }
@@ -246,4 +254,26 @@ async fn cancelling_or_killing_in_the_warm_up_leaves_the_guest_where_it_is() {
     let lost = Err(Problem::new(ProblemCode::Unreachable, "the agent died"));
     assert!(!settle(&pair, &vm, &orphaned, lost).await);
     pair.move_vm(&vm, false).await.expect("and in the end it moves");
+}
+
+/// Not a test but a measurement: `cargo nextest run -p berth-agent --test migration --run-ignored only --no-capture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes a minute and prints figures"]
+async fn figures_of_migrations() {
+    let (here, there) = (Pair::with_shared_pool().await, Pair::with_own_pools().await);
+    for (pair, shared_pool) in [(here, true), (there, false)] {
+        let vm = pair.source.running_vm(2048).await;
+        let settings = Settings { memory_mib: 600, rate_mib_s: 20, hot_mib: 600, rewrite: Rewrite::Whole };
+        pair.source.probe(&vm.id).set(settings, LONG).expect("busy");
+        let report = pair.move_vm(&vm, shared_pool).await.expect("moved");
+        println!(
+            "2048 MiB, 600 used, 20 MiB/s rewritten, shared pool: {shared_pool}: blackout {} us, {} ms in all, {} MiB",
+            report.blackout_us,
+            report.total_ms,
+            report.memory_bytes >> 20
+        );
+        println!("{:?}", report.phases);
+        let found = pair.target.probe(&vm.id).verify(LONG).expect("verified");
+        assert_eq!(found.pages_wrong, 0);
+    }
 }

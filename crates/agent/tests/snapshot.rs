@@ -4,12 +4,15 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod host;
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use berth_api::agent::{TaskOutput, TaskSpec};
 use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
 use berth_model::vm::VmState;
-use berth_model::SnapshotId;
+use berth_model::{HostId, Problem, ProblemCode, SnapshotId};
 use guest_probe::memory::{Rewrite, Settings};
-use host::{LONG, TestHost, TestVm, layer, snapshot};
+use host::{LONG, NoPeers, SmallDisk, TestHost, TestVm, entropy, layer, snapshot};
 
 async fn take(host: &TestHost, vm: &TestVm, snapshot: &SnapshotId) -> SnapshotFacts {
     let spec = TaskSpec::TakeSnapshot { snapshot: snapshot.clone(), new_top: layer() };
@@ -66,4 +69,135 @@ async fn a_guest_comes_back_with_every_page_and_file_as_they_were() {
     restore(&host, &vm, &second).await;
     let found = host.probe(&vm.id).verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files_wrong), (0, 0));
+}
+
+async fn attempt(host: &TestHost, vm: &TestVm) -> Result<TaskOutput, Problem> {
+    host.task(&vm.id, TaskSpec::TakeSnapshot { snapshot: snapshot(), new_top: layer() }).await
+}
+
+/// The layers on record and those that are there.
+fn layers(host: &TestHost, vm: &TestVm) -> (usize, usize) {
+    let directory = host.vm_directory(&vm.id);
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(directory.join("vm.json")).expect("record")).expect("JSON");
+    let there = std::fs::read_dir(directory.join("layers")).expect("layers").count();
+    (record["chain"].as_array().expect("chain").len(), there)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_guest_is_taken_as_often_as_wanted_and_comes_back_held() {
+    let host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    host.probe(&vm.id).write(3).expect("files");
+    host.task(&vm.id, TaskSpec::PauseVm).await.expect("held");
+    let (first, second, third) = (snapshot(), snapshot(), snapshot());
+    assert_eq!(take(&host, &vm, &first).await.paused_us, 0);
+    take(&host, &vm, &second).await;
+    assert_eq!(host.state(&vm.id), Some(VmState::Paused));
+    host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
+    host.probe(&vm.id).write(2).expect("files");
+    host.task(&vm.id, TaskSpec::PauseVm).await.expect("held again");
+    take(&host, &vm, &third).await;
+    restore(&host, &vm, &second).await;
+    assert_eq!(host.state(&vm.id), Some(VmState::Paused));
+    host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 3, 0));
+    restore(&host, &vm, &third).await;
+    host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 5, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_vm_is_taken_without_memory_and_put_back_while_it_runs() {
+    let host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    host.probe(&vm.id).write(3).expect("files");
+    host.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
+    let taken = snapshot();
+    assert!(!take(&host, &vm, &taken).await.has_memory);
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+    restore(&host, &vm, &taken).await;
+    assert_eq!(host.state(&vm.id), Some(VmState::Stopped));
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    let delete = TaskSpec::DeleteSnapshot { snapshot: taken };
+    host.task(&vm.id, delete.clone()).await.expect("deleted");
+    host.task(&vm.id, delete).await.expect("deleted again");
+    assert_eq!(layers(&host, &vm), (2, 2), "the layers that the VM lies on are still there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_fails_the_snapshot_and_harms_nothing_else() {
+    let Some(small) = SmallDisk::mount(200) else { return };
+    let host =
+        TestHost::start_with(Some(small.path()), Arc::new(NoPeers), HostId::from_entropy(entropy())).await;
+    let vm = host.running_vm(512).await;
+    let probe = host.probe(&vm.id);
+    probe
+        .set(Settings { memory_mib: 256, rate_mib_s: 10, hot_mib: 32, rewrite: Rewrite::Whole }, LONG)
+        .expect("busy");
+    for _ in 0..2 {
+        let problem = attempt(&host, &vm).await.expect_err("no room");
+        assert_eq!(problem.code, ProblemCode::NoSpace, "{problem:?}");
+        assert_eq!(host.state(&vm.id), Some(VmState::Running));
+        assert_eq!(layers(&host, &vm), (1, 1));
+        let left = std::fs::read_dir(host.vm_directory(&vm.id).join("snapshots")).expect("snapshots").count();
+        assert_eq!(left, 0);
+        assert_eq!(probe.verify(LONG).expect("verified").pages_wrong, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_dies_in_a_snapshot_the_vm_is_as_it_was_and_the_next_one_works() {
+    let mut host = TestHost::start().await;
+    let vm = host.running_vm(256).await;
+    let busy = Settings { memory_mib: 100, rate_mib_s: 100, hot_mib: 100, rewrite: Rewrite::Whole };
+    host.probe(&vm.id).set(busy, LONG).expect("busy");
+    for delay_ms in [0, 60, 150, 300, 600] {
+        let (taken, new_top) = (snapshot(), layer());
+        let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top };
+        host.put(&vm.id, spec.clone());
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        host.replace_agent().await;
+        assert_eq!(host.state(&vm.id), Some(VmState::Running), "after {delay_ms} ms");
+        let found = host.probe(&vm.id).verify(LONG).expect("verified");
+        assert_eq!((found.pages_wrong, found.files_wrong), (0, 0));
+        // The manager asks again, with the same ids.
+        host.task(&vm.id, spec).await.expect("taken in the end");
+    }
+    let task = host.put(&vm.id, TaskSpec::TakeSnapshot { snapshot: snapshot(), new_top: layer() });
+    host::kill(host.pid(&vm.id).expect("a process"));
+    host.wait(&task).await.expect_err("killed");
+    host.until_stopped(&vm.id).await;
+    let start = TaskSpec::StartVm { definition: vm.boxed() };
+    host.task(&vm.id, start).await.expect("it starts from what is on the disk");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+}
+
+/// Not a test but a measurement: `cargo nextest run -p berth-agent --test snapshot --run-ignored only --no-capture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes minutes and prints figures"]
+async fn figures_of_snapshots_and_restores() {
+    for (memory_mib, hot_mib) in [(2048, 600), (8192, 600), (8192, 2400)] {
+        let host = TestHost::start().await;
+        let vm = host.running_vm(memory_mib).await;
+        let settings = Settings { memory_mib: hot_mib, rate_mib_s: 100, hot_mib, rewrite: Rewrite::Whole };
+        host.probe(&vm.id).set(settings, LONG).expect("busy");
+        let taken = snapshot();
+        let facts = take(&host, &vm, &taken).await;
+        println!(
+            "{memory_mib} MiB, {hot_mib} rewritten: paused {} us, {} ms in all, {} passes, {} MiB stored",
+            facts.paused_us,
+            facts.total_ms,
+            facts.rounds,
+            facts.memory_stored_bytes >> 20
+        );
+        for _ in 0..3 {
+            let facts = restore(&host, &vm, &taken).await;
+            println!("{memory_mib} MiB, {hot_mib} rewritten: restored in {} us", facts.running_us);
+            host.probe(&vm.id).tick().expect("alive");
+        }
+    }
 }

@@ -4,6 +4,9 @@
 //! starts small and is raised only when passes over memory no longer shrink what is left: each pass leaves what the
 //! guest rewrote during it, so after a few passes the rest is as small as it will get. The rule is a function of
 //! passes and time, without I/O, and serves snapshots and migrations with different numbers.
+//!
+//! A guest that the highest limit does not catch is slowed down, so that it is caught at all; only one that even that
+//! does not help with is given up.
 
 use std::time::Duration;
 
@@ -21,7 +24,7 @@ pub struct PauseBudget {
     pub patience_passes: u64,
     /// Time that is waited for before each step: a pass over a large memory on a slow link takes long.
     pub patience: Duration,
-    /// How long to try at the highest limit, before it is given up.
+    /// How long to try at the highest limit with the guest slowed down, before it is given up.
     pub last_patience: Duration,
 }
 
@@ -54,6 +57,8 @@ pub enum Advice {
     Wait,
     /// Set the downtime limit to this, in milliseconds.
     Raise(u64),
+    /// Slow the guest down, whatever the share of its memory that it rewrites.
+    SlowDown,
     /// The guest rewrites its memory faster than it can be sent.
     GiveUp,
 }
@@ -65,12 +70,19 @@ pub struct Convergence {
     limit_ms: u64,
     raised_pass: u64,
     raised_at: Duration,
+    slowed_down: bool,
 }
 
 impl Convergence {
     /// At the start of a migration.
     pub const fn new(budget: PauseBudget) -> Self {
-        Self { budget, limit_ms: budget.start_ms, raised_pass: 1, raised_at: Duration::ZERO }
+        Self {
+            budget,
+            limit_ms: budget.start_ms,
+            raised_pass: 1,
+            raised_at: Duration::ZERO,
+            slowed_down: false,
+        }
     }
 
     /// The limit as it stands, in milliseconds.
@@ -86,16 +98,20 @@ impl Convergence {
             return Advice::Wait;
         }
         let waited = elapsed.saturating_sub(self.raised_at);
-        if self.limit_ms >= self.budget.max_ms {
+        if self.slowed_down {
             return if waited >= self.budget.last_patience { Advice::GiveUp } else { Advice::Wait };
         }
         let passes = pass.saturating_sub(self.raised_pass);
         if passes < self.budget.patience_passes || waited < self.budget.patience {
             return Advice::Wait;
         }
-        self.limit_ms = (self.limit_ms + self.budget.step_ms).min(self.budget.max_ms);
         self.raised_pass = pass;
         self.raised_at = elapsed;
+        if self.limit_ms >= self.budget.max_ms {
+            self.slowed_down = true;
+            return Advice::SlowDown;
+        }
+        self.limit_ms = (self.limit_ms + self.budget.step_ms).min(self.budget.max_ms);
         Advice::Raise(self.limit_ms)
     }
 }
@@ -120,11 +136,12 @@ mod tests {
         for second in 0..60 {
             match convergence.look(1 + second * 3, Duration::from_secs(second)) {
                 Advice::Raise(limit) => limits.push(limit),
+                Advice::SlowDown => limits.push(0),
                 Advice::Wait => {}
                 Advice::GiveUp => break,
             }
         }
-        assert_eq!(limits, [25, 30]);
+        assert_eq!(limits, [25, 30, 0], "and then it is slowed down, once");
         assert_eq!(convergence.limit_ms(), 30);
     }
 

@@ -43,10 +43,12 @@ impl From<WireError> for Problem {
     }
 }
 
+type Writer = FrameWriter<WriteHalf<Box<dyn Duplex>>>;
+
 /// The sending half; clones are the same.
 #[derive(Clone)]
 pub struct Sender {
-    writer: Arc<Mutex<FrameWriter<WriteHalf<Box<dyn Duplex>>>>>,
+    writer: Arc<Mutex<Writer>>,
     stream_bytes: Arc<AtomicU64>,
     storage_bytes: Arc<AtomicU64>,
 }
@@ -143,9 +145,19 @@ impl Sender {
 /// Takes the frames of files.
 pub trait FileTaker: Send + 'static {
     /// Bytes of a file.
-    fn data(&mut self, file: u32, offset: u64, bytes: &[u8]) -> impl Future<Output = Result<(), WireError>> + Send;
+    fn data(
+        &mut self,
+        file: u32,
+        offset: u64,
+        bytes: &[u8],
+    ) -> impl Future<Output = Result<(), WireError>> + Send;
     /// A range of a file that is zero.
-    fn hole(&mut self, file: u32, offset: u64, length: u64) -> impl Future<Output = Result<(), WireError>> + Send;
+    fn hole(
+        &mut self,
+        file: u32,
+        offset: u64,
+        length: u64,
+    ) -> impl Future<Output = Result<(), WireError>> + Send;
     /// A file is complete.
     fn end(&mut self, file: u32, checksum: &str) -> impl Future<Output = Result<(), WireError>> + Send;
 }
@@ -222,7 +234,8 @@ impl<M: DeserializeOwned + Send + 'static> Link<M> {
         };
         let (messages, queue) = mpsc::channel(MESSAGES_MAX);
         let (stream, given) = oneshot::channel();
-        let reader = Reader { frames: FrameReader::new(read), messages, files, stream: Stream::Awaited(given) };
+        let reader =
+            Reader { frames: FrameReader::new(read), messages, files, stream: Stream::Awaited(given) };
         let reader = tokio::spawn(reader.run());
         Self { sender, messages: Messages { queue, stream: Some(stream), reader } }
     }

@@ -1,78 +1,98 @@
-//! The marker: a VM was given away. It is written with the guest standing still, so it is made to be quick.
+//! The marker: a VM was given away. It is set with the guest standing still, so it must cost nothing.
 //!
-//! The host's record is a file that is written anew and renamed, which takes several rounds to the disk. The marker is a
-//! block that was put on the disk before, as zeros; to set it is to write over it in place and wait for that one write.
-//! It is on the disk or it is not: a block is written whole or not at all, and one that is neither zero nor the marker
-//! counts as set, because then the target may have been told.
-//!
-//! The host's record follows when the guest runs again. Until then the marker counts ([`super::recover`] looks at it
-//! first).
+//! It has to outlive the agent, whose successor must not let the guest run here again. It need not outlive the machine:
+//! when that goes down, the VM's process goes with it, and the agent that comes up afterwards need only not believe that
+//! the VM is its own. So the marker is written to a file and not waited for, for a file is there for the next agent
+//! whether it has reached the disk or not; and beside it lies, on the disk from before, during which run of the machine
+//! the VM was being sent. After another start of the machine nobody can say what was done, so the VM counts as given away,
+//! and the manager finds out. Waiting for the disk here would take a few milliseconds of the pause on a quiet machine, and
+//! hundreds on one whose disk is busy.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::durable::{self, FileError};
 
-const BLOCK_BYTES: usize = 512;
-const SET: [u8; BLOCK_BYTES] = [0x5a; BLOCK_BYTES];
-const CLEAR: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+const SET: &[u8] = b"given away\n";
+const CLEAR: &[u8] = &[0; SET.len()];
 
-/// A marker that is on the disk and not set.
+/// Kept on the disk while a VM is being sent.
+#[derive(Debug, Serialize, Deserialize)]
+struct Sending {
+    /// The run of the machine in which it was begun.
+    boot_id: String,
+}
+
+/// A marker that is not set yet.
 #[derive(Debug)]
 pub struct Marker {
     file: File,
     path: PathBuf,
 }
 
-fn path_in(state: &Path) -> PathBuf {
+fn marker_in(state: &Path) -> PathBuf {
     state.join("given-away")
 }
 
+fn sending_in(state: &Path) -> PathBuf {
+    state.join("sending.json")
+}
+
+fn boot_id() -> Result<String, FileError> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = fs::read_to_string(path).map_err(FileError::io(path, "read"))?;
+    Ok(text.trim().to_owned())
+}
+
 impl Marker {
-    /// Puts one on the disk, not set. Blocks.
+    /// Prepares one, durably. Blocks.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn prepare(state: &Path) -> Result<Self, FileError> {
-        let path = path_in(state);
+        let path = marker_in(state);
         let prepare = || {
             let mut options = OpenOptions::new();
-            let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path)?;
-            file.write_all_at(&CLEAR, 0)?;
+            let file = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+            file.write_all_at(CLEAR, 0)?;
             file.sync_all()?;
             Ok(file)
         };
         let file = prepare().map_err(FileError::io(&path, "written"))?;
-        durable::sync_parent(&path)?;
+        durable::write_json(&sending_in(state), &Sending { boot_id: boot_id()? })?;
         Ok(Self { file, path })
     }
 
-    /// Sets it: it is on the disk when this returns. Blocks, for one write.
+    /// Sets it: whoever looks from now on sees it, as long as the machine runs.
     ///
     /// # Errors
     /// When the system refuses: it may be set or not then.
     pub fn set(&self) -> Result<(), FileError> {
-        let set = || {
-            self.file.write_all_at(&SET, 0)?;
-            self.file.sync_data()
-        };
-        set().map_err(FileError::io(&self.path, "written"))
+        self.file.write_all_at(SET, 0).map_err(FileError::io(&self.path, "written"))
     }
 }
 
-/// Whether a marker is set. Blocks.
+/// Whether the VM was given away, or may have been. Blocks.
 ///
 /// # Errors
-/// When it can't be read: then it is not known.
+/// When it can't be found out.
 pub fn is_set(state: &Path) -> Result<bool, FileError> {
-    let path = path_in(state);
-    match fs::read(&path) {
-        Ok(bytes) => Ok(bytes.iter().any(|byte| *byte != 0)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(FileError::io(&path, "read")(error)),
-    }
+    let path = marker_in(state);
+    let marked = match fs::read(&path) {
+        Ok(bytes) => bytes.iter().any(|byte| *byte != 0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(FileError::io(&path, "read")(error)),
+    };
+    let sending: Option<Sending> = durable::read_json(&sending_in(state))?;
+    let machine_restarted = match sending {
+        Some(sending) => sending.boot_id != boot_id()?,
+        None => false,
+    };
+    Ok(marked || machine_restarted)
 }
 
 /// Removes a marker, set or not: it is off the disk when this returns. Blocks.
@@ -80,10 +100,9 @@ pub fn is_set(state: &Path) -> Result<bool, FileError> {
 /// # Errors
 /// When the system refuses.
 pub fn remove(state: &Path) -> Result<(), FileError> {
-    let path = path_in(state);
-    if !path.exists() {
-        return Ok(());
-    }
+    // The other one first: without it, a marker that comes back from a lost write would still be seen.
+    durable::remove_file(&sending_in(state))?;
+    let path = marker_in(state);
     durable::remove_file(&path)?;
     durable::sync_parent(&path)
 }
@@ -106,11 +125,11 @@ mod tests {
     }
 
     #[test]
-    fn a_marker_that_was_torn_counts_as_set() {
+    fn a_machine_that_went_down_in_between_counts_as_given_away() {
         let state = tempfile::tempdir().expect("directory");
-        let mut torn = CLEAR;
-        torn[17] = SET[17];
-        fs::write(path_in(state.path()), torn).expect("torn");
-        assert!(is_set(state.path()).expect("torn"));
+        Marker::prepare(state.path()).expect("prepared");
+        let before = Sending { boot_id: "another run".to_owned() };
+        durable::write_json(&sending_in(state.path()), &before).expect("written");
+        assert!(is_set(state.path()).expect("set"));
     }
 }

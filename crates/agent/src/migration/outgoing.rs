@@ -32,6 +32,8 @@ const STREAM_BUFFER_BYTES: usize = 256 << 10;
 /// A guest is slowed down when it rewrites this much of what is sent in the same time. Lower: guests are slowed down that
 /// would have been caught up with.
 const THROTTLE_THRESHOLD_PERCENT: u32 = 95;
+/// The same for a guest that is slowed down whatever it rewrites.
+const THROTTLE_AT_ONCE_PERCENT: u32 = 1;
 /// How often QEMU is asked how it goes.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a guest may take to run again after a failure.
@@ -53,7 +55,9 @@ pub enum OutgoingError {
     #[error("it was cancelled")]
     Cancelled,
     /// The guest is too busy.
-    #[error("the guest rewrites its memory faster than it can be sent: after {passes} passes over it the rest does not fit into a pause of {limit_ms} ms")]
+    #[error(
+        "the guest rewrites its memory faster than it can be sent: after {passes} passes over it the rest does not fit into a pause of {limit_ms} ms"
+    )]
     TooFast {
         /// Passes that were made.
         passes: u64,
@@ -143,8 +147,7 @@ impl Outgoing {
         })
         .await?;
         if sending.slow_guest_down {
-            let threshold = serde_json::json!({"throttle-trigger-threshold": THROTTLE_THRESHOLD_PERCENT});
-            qmp.call_untyped("migrate-set-parameters", threshold).await?;
+            set_throttle(qmp, THROTTLE_THRESHOLD_PERCENT).await?;
         }
         let events = qmp.events();
         let (ours, theirs) = stream_pair().map_err(OutgoingError::Socket)?;
@@ -277,6 +280,10 @@ impl Outgoing {
                 };
                 self.qmp.call(parameters).await?;
             }
+            Advice::SlowDown => {
+                tracing::debug!(pass = self.pass, "the guest is too busy: slowing it down");
+                set_throttle(&self.qmp, THROTTLE_AT_ONCE_PERCENT).await?;
+            }
             Advice::GiveUp => {
                 let limit_ms = self.convergence.limit_ms();
                 return Err(OutgoingError::TooFast { passes: self.pass, limit_ms });
@@ -299,6 +306,16 @@ impl Outgoing {
     async fn gone(&self) -> OutgoingError {
         OutgoingError::Qmp(QmpError::from(self.qmp.closed().await))
     }
+}
+
+/// Sets from when on QEMU slows the guest down (capability `auto-converge`), in percent of what is sent.
+async fn set_throttle(qmp: &Qmp, threshold_percent: u32) -> Result<(), QmpError> {
+    let parameters = serde_json::json!({
+        "throttle-trigger-threshold": threshold_percent,
+        "cpu-throttle-initial": 20,
+        "cpu-throttle-increment": 20,
+    });
+    qmp.call_untyped("migrate-set-parameters", parameters).await.map(|_| ())
 }
 
 /// Two ends of a socket with a small buffer: ours, and the one that QEMU gets.

@@ -26,7 +26,8 @@ use crate::vm::VmRuntime;
 /// # Errors
 /// When QEMU refuses or a record can't be written.
 pub(crate) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
-    if let Some(MigrationSide::Source { migration, handed_over: false }) = vm.host_record()?.migration.clone() {
+    if let Some(MigrationSide::Source { migration, handed_over: false }) = vm.host_record()?.migration.clone()
+    {
         let state = vm.dirs()?.state.clone();
         if blocking(move || Ok(marker::is_set(&state)?)).await? {
             vm.set_migration(Some(MigrationSide::Source { migration, handed_over: true })).await?;

@@ -4,21 +4,22 @@
 //! here: if the target's word that the guest runs there does not come, the process is kept as it is, stopped, until
 //! the manager has found out.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use berth_api::agent::{MigrationPath, MigrationSide, TaskOutput, TaskSpec};
-use berth_model::migration::{MigrationEvent, MigrationPhase, MigrationReport, PhaseTiming, step};
-use berth_model::operation::Progress;
+use berth_model::migration::{MigrationEvent, MigrationPhase};
 use berth_model::vm::{VmEvent, VmState};
 use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode};
 use tokio_util::sync::CancellationToken;
 
 use super::convergence::PauseBudget;
-use super::link::{self, Link, Messages, NoFiles, Sender};
+use super::journey::Journey;
+use super::link::{self, Link, Messages, NoFiles};
 use super::marker::{self, Marker};
 use super::outgoing::{Outgoing, Sending, settle};
-use super::storage::sending::{Pace, Top, send_file};
-use super::storage::{checksum, unchanging};
+use super::storage::copying::copy_unchanging;
+use super::storage::sending::Top;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::blocking;
 use crate::snapshot::{capture, layers};
@@ -30,25 +31,28 @@ const PINGS: u32 = 8;
 /// How long the target may take for things that are quick.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long it may take to bring what it was sent to its disk, or to start a process.
-const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+pub(super) const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long the target may take to say why its QEMU failed.
 const REASON_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the target may be silent after it was told to let the guest run, before its answer is given up.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(15);
-/// A top that holds more is frozen first, so that it is read once and not in each pass: reading it again costs about a
-/// millisecond for each 2 MiB, of which the last time is in the pause.
-const TOP_BYTES_MAX: u64 = 16 << 20;
 /// Time between two passes over the top during the warm-up.
 const TOP_PASS_EVERY: Duration = Duration::from_millis(400);
 
 /// What the manager asked for.
-struct Order {
-    migration: OperationId,
-    target: HostId,
-    address: String,
-    shared_pool: bool,
-    bandwidth_bytes_per_second: Option<u64>,
-    spare_layers: Vec<LayerId>,
+pub struct Order {
+    /// The migration.
+    pub migration: OperationId,
+    /// Where to.
+    pub target: HostId,
+    /// That host's address.
+    pub address: String,
+    /// Both hosts see the VM's directory.
+    pub shared_pool: bool,
+    /// Most bytes a second to send; none: as the link takes.
+    pub bandwidth_bytes_per_second: Option<u64>,
+    /// Ids for layers that have to be frozen on the way.
+    pub spare_layers: Vec<LayerId>,
 }
 
 impl Order {
@@ -127,7 +131,8 @@ async fn run(
     let state = vm.dirs()?.state.clone();
     let marker = blocking(move || Ok(Marker::prepare(&state)?)).await?;
     let mut outgoing = start_sending(vm, order, &mut link).await?;
-    let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut()).await;
+    let writable = vm.dirs()?.layer(&top_of(vm)?);
+    let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut(), &writable).await;
     journey.step(MigrationEvent::GuestStopped);
     let loaded = match stopped {
         Ok(()) => stop_and_copy(&mut outgoing, &mut link, top.as_mut()).await,
@@ -166,7 +171,9 @@ async fn connect(vm: &VmRuntime, order: &Order) -> Result<Link<FromTarget>, Prob
     let mut link = Link::open(connection, NoFiles);
     let pool = &vm.dirs()?.pool.name;
     let pool_uuid = vm.services().pool_facts(pool).map(|facts| facts.uuid.clone()).unwrap_or_default();
-    link.sender.say(&FromSource::Begin { version: VERSION, shared_pool: order.shared_pool, pool_uuid }).await?;
+    link.sender
+        .say(&FromSource::Begin { version: VERSION, shared_pool: order.shared_pool, pool_uuid })
+        .await?;
     answer(&mut link.messages, ANSWER_TIMEOUT, "a welcome", |message| {
         matches!(message, FromTarget::Welcome { .. })
     })
@@ -181,7 +188,8 @@ async fn compare_clocks(link: &mut Link<FromTarget>) -> Result<i64, Problem> {
         let asked_us = now_us();
         let asked = Instant::now();
         link.sender.say(&FromSource::Ping { number }).await?;
-        let pong = |message: &FromTarget| matches!(message, FromTarget::Pong { number: of, .. } if *of == number);
+        let pong =
+            |message: &FromTarget| matches!(message, FromTarget::Pong { number: of, .. } if *of == number);
         let reply = answer(&mut link.messages, ANSWER_TIMEOUT, "an answer to a ping", pong).await?;
         let FromTarget::Pong { at_us, .. } = reply else { continue };
         let took_us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -190,71 +198,6 @@ async fn compare_clocks(link: &mut Link<FromTarget>) -> Result<i64, Problem> {
         }
     }
     Ok(best.1)
-}
-
-/// Freezes the top if it is large, and sends all that does not change and that the target lacks.
-async fn copy_unchanging(
-    vm: &mut VmRuntime,
-    context: &TaskContext,
-    order: &Order,
-    link: &mut Link<FromTarget>,
-) -> Result<(), Problem> {
-    context.phase(MigrationPhase::Storage.as_str());
-    for spare in &order.spare_layers {
-        context.check_cancelled()?;
-        if stored_bytes_of_top(vm)? > TOP_BYTES_MAX {
-            layers::freeze_top(vm, spare).await?;
-        }
-        send_missing(vm, context, order, link).await?;
-        // What the guest wrote meanwhile may be too much again.
-        if stored_bytes_of_top(vm)? <= TOP_BYTES_MAX {
-            return Ok(());
-        }
-    }
-    send_missing(vm, context, order, link).await
-}
-
-async fn send_missing(
-    vm: &VmRuntime,
-    context: &TaskContext,
-    order: &Order,
-    link: &mut Link<FromTarget>,
-) -> Result<(), Problem> {
-    let (dirs, writable) = (vm.dirs()?.clone(), top_of(vm)?);
-    let offers = blocking({
-        let dirs = dirs.clone();
-        move || unchanging(&dirs, &writable)
-    })
-    .await?;
-    link.sender.say(&FromSource::Offer { files: offers.clone() }).await?;
-    let have = |message: &FromTarget| matches!(message, FromTarget::Have { .. });
-    let reply = answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "what the target has", have).await?;
-    let FromTarget::Have { checksums } = reply else { return Ok(()) };
-    let mut missing = Vec::new();
-    for (number, (offer, theirs)) in (0_u32..).zip(offers.iter().zip(checksums)) {
-        let path = offer.name.path(&dirs);
-        let same = match theirs {
-            Some(theirs) => {
-                let path = path.clone();
-                blocking(move || Ok(checksum(&path)?)).await? == theirs
-            }
-            None => false,
-        };
-        if !same {
-            missing.push((number, path));
-        }
-    }
-    let total_bytes = stored_bytes(missing.iter().map(|(_, path)| path.clone()).collect()).await?;
-    let mut pace = Pace::new(order.bandwidth_bytes_per_second);
-    let mut counter = StorageProgress::new(context, total_bytes);
-    for (number, path) in missing {
-        let sent = send_file(&link.sender, number, &path, &mut pace, context.cancel(), |bytes| counter.add(bytes));
-        let checksum = sent.await?;
-        link.sender.file_end(number, &checksum).await?;
-    }
-    link.sender.say(&FromSource::Sync { top_length_bytes: None }).await?;
-    let synced = |message: &FromTarget| matches!(message, FromTarget::Synced);
-    answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "that files are stored", synced).await.map(|_| ())
 }
 
 /// Lets the target start a process that waits, and sends the top as it is now, if the target needs it.
@@ -270,7 +213,7 @@ async fn launch_target(
         return Ok(None);
     }
     let mut top = Top::new(vm.dirs()?.layer(&top_of(vm)?));
-    top.pass(&link.sender, true).await?;
+    top.pass(&link.sender).await?;
     Ok(Some(top))
 }
 
@@ -300,7 +243,8 @@ async fn warm_up(
     outgoing: &mut Outgoing,
     context: &TaskContext,
     link: &mut Link<FromTarget>,
-    top: Option<&mut Top>,
+    mut top: Option<&mut Top>,
+    writable: &Path,
 ) -> Result<(), Problem> {
     context.phase(MigrationPhase::WarmUp.as_str());
     let stopped = CancellationToken::new();
@@ -311,14 +255,16 @@ async fn warm_up(
         Ok::<(), Problem>(())
     };
     let disk = async {
-        let Some(top) = top else { return Ok(()) };
         loop {
             tokio::select! {
                 biased;
+                // What is being flushed then goes on by itself: the guest stands still, and nobody waits for it.
                 () = stopped.cancelled() => return Ok(()),
-                () = tokio::time::sleep(TOP_PASS_EVERY) => {}
+                flushed = layers::flush_after(TOP_PASS_EVERY, writable) => flushed?,
             }
-            top.pass(&link.sender, true).await?;
+            if let Some(top) = &mut top {
+                top.pass(&link.sender).await?;
+            }
         }
     };
     let target = async {
@@ -346,7 +292,7 @@ async fn stop_and_copy(
     let disk = async {
         let Some(top) = top else { return Ok(()) };
         // QEMU has flushed it when it stopped the guest.
-        let pass = top.pass(sender, false).await?;
+        let pass = top.pass(sender).await?;
         let message = FromSource::Sync { top_length_bytes: Some(pass.length_bytes) };
         sender.say(&message).await.map_err(Problem::from)
     };
@@ -431,7 +377,10 @@ async fn stay(vm: &mut VmRuntime) -> Result<(), Problem> {
     })
     .await?;
     if given_away {
-        return Err(Problem::new(ProblemCode::Internal, "the marker that it was given away can't be removed"));
+        return Err(Problem::new(
+            ProblemCode::Internal,
+            "the marker that it was given away can't be removed",
+        ));
     }
     if let Ok(qmp) = vm.qmp().cloned() {
         settle(&qmp, true).await?;
@@ -448,7 +397,7 @@ fn given_away(vm: &VmRuntime, order: &Order, migration: &OperationId) -> Result<
 }
 
 /// Waits for a message of the kind that has its place here.
-async fn answer(
+pub(super) async fn answer(
     messages: &mut Messages<FromTarget>,
     timeout: Duration,
     expected: &'static str,
@@ -470,136 +419,13 @@ fn unexpected(message: &FromTarget, expected: &'static str) -> Problem {
     WireError::Unexpected { what: format!("{message:?}"), expected }.into()
 }
 
-fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
+/// The layer that the guest writes to.
+pub(super) fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
     let top = vm.chain()?.last().cloned();
     top.ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
-}
-
-fn stored_bytes_of_top(vm: &VmRuntime) -> Result<u64, Problem> {
-    use std::os::unix::fs::MetadataExt;
-    let path = vm.dirs()?.layer(&top_of(vm)?);
-    let metadata = std::fs::metadata(&path).map_err(crate::durable::FileError::io(&path, "examined"))?;
-    Ok(metadata.blocks() * 512)
-}
-
-async fn stored_bytes(paths: Vec<std::path::PathBuf>) -> Result<u64, Problem> {
-    use std::os::unix::fs::MetadataExt;
-    blocking(move || {
-        let sizes = paths.iter().map(|path| {
-            let metadata = std::fs::metadata(path).map_err(crate::durable::FileError::io(path, "examined"))?;
-            Ok((metadata.blocks() * 512).min(metadata.len()))
-        });
-        sizes.sum()
-    })
-    .await
 }
 
 fn now_us() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// What is measured on the way.
-struct Journey {
-    started: Instant,
-    phase: MigrationPhase,
-    entered: Instant,
-    phases: Vec<PhaseTiming>,
-    clock_offset_us: i64,
-}
-
-impl Journey {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self {
-            started: now,
-            phase: MigrationPhase::Preparing,
-            entered: now,
-            phases: Vec::new(),
-            clock_offset_us: 0,
-        }
-    }
-
-    /// Goes on to the next phase.
-    fn step(&mut self, event: MigrationEvent) {
-        match step(self.phase, event) {
-            Ok(next) => {
-                let took_us = u64::try_from(self.entered.elapsed().as_micros()).unwrap_or(u64::MAX);
-                self.phases.push(PhaseTiming { phase: self.phase, took_us });
-                self.phase = next;
-                self.entered = Instant::now();
-            }
-            Err(error) => tracing::error!(%error, "a step that is not in the model"),
-        }
-    }
-
-    fn empty_report(&mut self, vm: &VmRuntime, order: &Order) -> MigrationReport {
-        MigrationReport {
-            source: vm.services().host.clone(),
-            target: order.target.clone(),
-            phases: std::mem::take(&mut self.phases),
-            total_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            blackout_us: 0,
-            memory_bytes: 0,
-            storage_bytes: 0,
-            rounds: 0,
-            clock_offset_us: self.clock_offset_us,
-        }
-    }
-
-    fn report(
-        &mut self,
-        vm: &VmRuntime,
-        order: &Order,
-        sender: &Sender,
-        outgoing: &Outgoing,
-        running_at_us: Option<u64>,
-    ) -> MigrationReport {
-        let stopped_us = outgoing.stopped_at().map(berth_qmp::HostTime::epoch_us);
-        let blackout_us = running_at_us.zip(stopped_us).map_or(0, |(running, stopped)| {
-            let there = running.cast_signed() - self.clock_offset_us;
-            u64::try_from(there - stopped.cast_signed()).unwrap_or(0)
-        });
-        MigrationReport {
-            blackout_us,
-            memory_bytes: sender.stream_bytes(),
-            storage_bytes: sender.storage_bytes(),
-            rounds: outgoing.passes(),
-            ..self.empty_report(vm, order)
-        }
-    }
-}
-
-/// Says how far the copying of files is.
-struct StorageProgress<'a> {
-    context: &'a TaskContext,
-    started: Instant,
-    total_bytes: u64,
-    done_bytes: u64,
-    said: Instant,
-}
-
-impl<'a> StorageProgress<'a> {
-    fn new(context: &'a TaskContext, total_bytes: u64) -> Self {
-        let now = Instant::now();
-        Self { context, started: now, total_bytes, done_bytes: 0, said: now }
-    }
-
-    fn add(&mut self, bytes: u64) {
-        self.done_bytes += bytes;
-        if self.said.elapsed() < Duration::from_millis(200) {
-            return;
-        }
-        self.said = Instant::now();
-        let rate = (self.done_bytes as f64 / self.started.elapsed().as_secs_f64().max(0.001)) as u64;
-        let left = self.total_bytes.saturating_sub(self.done_bytes);
-        self.context.progress(Progress {
-            phase: MigrationPhase::Storage.as_str().to_owned(),
-            done_bytes: self.done_bytes,
-            total_bytes: self.total_bytes,
-            bytes_per_second: rate,
-            left_ms: (left * 1000).checked_div(rate),
-            ..Progress::default()
-        });
-    }
 }

@@ -20,6 +20,7 @@ use crate::layout::VmDirs;
 use crate::snapshot::archive::{self, SnapshotFiles};
 use crate::snapshot::{layers_present, memory};
 
+pub(super) mod copying;
 pub mod receiving;
 pub mod sending;
 
@@ -172,7 +173,8 @@ mod tests {
     fn each_chunk_with_content_is_visited_once() {
         let directory = tempfile::tempdir().expect("directory");
         let path = directory.path().join("a");
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("file");
+        let file =
+            File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("file");
         let length = 8 * CHUNK_BYTES as u64;
         file.set_len(length).expect("length");
         // Two extents within one chunk, a hole between them.

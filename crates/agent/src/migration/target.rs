@@ -145,7 +145,8 @@ fn admitted(vm: &VmRuntime, migration: &OperationId, peer: &HostId) -> Result<Ad
     if !vm.is_known() {
         return Err(none());
     }
-    let admission = Admission::read(vm)?.filter(|admission| admission.migration == *migration).ok_or_else(none)?;
+    let admission =
+        Admission::read(vm)?.filter(|admission| admission.migration == *migration).ok_or_else(none)?;
     if admission.source != *peer {
         let message = format!("{} is expected from {}, not from {peer}", vm.id(), admission.source);
         return Err(Problem::new(ProblemCode::NotAllowed, message));
@@ -172,7 +173,8 @@ async fn welcome(
         return Err(unexpected(&first, "a beginning"));
     };
     if version != VERSION {
-        let message = format!("the source speaks version {version} of the migration protocol, this host {VERSION}");
+        let message =
+            format!("the source speaks version {version} of the migration protocol, this host {VERSION}");
         return Err(Problem::new(ProblemCode::WrongState, message));
     }
     let pool = &vm.dirs()?.pool.name;
@@ -243,7 +245,9 @@ async fn start_process(
 }
 
 async fn make_top(vm: &VmRuntime, chain: &[LayerId]) -> Result<(), Problem> {
-    let wrong = || Problem::new(ProblemCode::InvalidInput, "the source named no layers, or layers that it did not send");
+    let wrong = || {
+        Problem::new(ProblemCode::InvalidInput, "the source named no layers, or layers that it did not send")
+    };
     let (top, below) = chain.split_last().ok_or_else(wrong)?;
     let dirs = vm.dirs()?;
     if chain.iter().enumerate().any(|(at, layer)| chain[..at].contains(layer))

@@ -70,17 +70,9 @@ enum Kind {
 
 impl Kind {
     fn of(byte: u8) -> Option<Self> {
-        [
-            Self::Control,
-            Self::Data,
-            Self::Hole,
-            Self::Stream,
-            Self::StreamEnd,
-            Self::Answer,
-            Self::FileEnd,
-        ]
-        .into_iter()
-        .find(|kind| *kind as u8 == byte)
+        [Self::Control, Self::Data, Self::Hole, Self::Stream, Self::StreamEnd, Self::Answer, Self::FileEnd]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
     }
 
     const fn bytes_max(self) -> usize {

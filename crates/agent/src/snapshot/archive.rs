@@ -73,7 +73,9 @@ pub enum ArchiveError {
         snapshot: SnapshotId,
     },
     /// It is of another version of Berth, or of another snapshot.
-    #[error("the manifest of {snapshot} is of format {format} and of snapshot {named}, expected {FORMAT} and {snapshot}")]
+    #[error(
+        "the manifest of {snapshot} is of format {format} and of snapshot {named}, expected {FORMAT} and {snapshot}"
+    )]
     Foreign {
         /// Which was asked for.
         snapshot: SnapshotId,
@@ -216,7 +218,8 @@ impl Draft {
     /// # Errors
     /// When the system refuses.
     pub fn begin(dirs: &VmDirs, snapshot: &SnapshotId, reader: Option<u32>) -> Result<Self, FileError> {
-        let (files, finished) = (SnapshotFiles::unfinished(dirs, snapshot), SnapshotFiles::of(dirs, snapshot));
+        let (files, finished) =
+            (SnapshotFiles::unfinished(dirs, snapshot), SnapshotFiles::of(dirs, snapshot));
         durable::remove_tree(files.directory())?;
         // A directory without a manifest, of a removal that stopped half way.
         if !finished.manifest().exists() {

@@ -12,6 +12,7 @@
 //! a machine that was sent away while paused can't be sent again and has let go of its disks. So the reader says
 //! nothing at the end and hangs up: QEMU takes that for a failure, and keeps its disks.
 
+use std::path::Path;
 use std::time::Duration;
 
 use berth_model::LayerId;
@@ -28,6 +29,8 @@ use crate::migration::convergence::PauseBudget;
 use crate::migration::outgoing::{Outgoing, OutgoingError, Passage, Sending};
 use crate::task::TaskContext;
 
+/// How often what the guest has written is brought to the disk.
+const FLUSH_EVERY: Duration = Duration::from_millis(150);
 /// How long QEMU may take for the last part, guest stopped: a local disk takes it, at worst as slowly as it writes.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the collector may take for what QEMU has sent, after QEMU says that it has sent everything.
@@ -44,6 +47,8 @@ pub struct Capture<'a> {
     pub memory_bytes: u64,
     /// The layer that the guest writes to, which is frozen.
     pub old_top: &'a LayerId,
+    /// That layer's file.
+    pub old_top_path: &'a Path,
     /// The layer that it writes to afterwards; open and empty.
     pub new_top: &'a LayerId,
     /// Whether the guest runs.
@@ -119,7 +124,12 @@ impl Capture<'_> {
         context: &TaskContext,
         switched: &mut bool,
     ) -> Result<u64, OutgoingError> {
-        outgoing.until_switchover(context.cancel(), |passage| context.progress(progress(passage))).await?;
+        tokio::select! {
+            stopped = outgoing.until_switchover(context.cancel(), |passage| context.progress(progress(passage))) => {
+                stopped?;
+            }
+            () = self.keep_flushed() => {}
+        }
         layers::switch(self.qmp, self.old_top, self.new_top).await?;
         *switched = true;
         if self.was_running {
@@ -128,6 +138,14 @@ impl Capture<'_> {
         } else {
             outgoing.finish_unanswered().await?;
             Ok(0)
+        }
+    }
+
+    /// What the guest writes goes to the disk while it runs, and not when QEMU flushes with the guest stopped.
+    async fn keep_flushed(&self) {
+        loop {
+            // A disk that can't be flushed is the guest's to be told of, by QEMU.
+            let _ = layers::flush_after(FLUSH_EVERY, self.old_top_path).await;
         }
     }
 

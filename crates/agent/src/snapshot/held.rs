@@ -42,11 +42,9 @@ pub fn find(vm: &VmRuntime, chain_below_top: &[LayerId]) -> Result<Option<Manife
 
 /// Gives the new snapshot the earlier one's files, which are never written again.
 pub fn link(earlier: &SnapshotFiles, new: &SnapshotFiles) -> Result<(), FileError> {
-    for (from, to) in [
-        (earlier.memory(), new.memory()),
-        (earlier.device(), new.device()),
-        (earlier.index(), new.index()),
-    ] {
+    for (from, to) in
+        [(earlier.memory(), new.memory()), (earlier.device(), new.device()), (earlier.index(), new.index())]
+    {
         fs::hard_link(&from, &to).map_err(FileError::io(&to, "linked"))?;
     }
     Ok(())

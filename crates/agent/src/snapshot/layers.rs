@@ -30,7 +30,7 @@ use crate::vm::VmRuntime;
 /// How long a switch that is taken back may take: what the guest wrote since is copied down.
 const TAKE_BACK_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Makes the file of a new layer on top of another; one that is there is replaced.
+/// Makes the file of a new layer on top of another; one that is there is replaced. [`sync`] brings it to the disk.
 ///
 /// # Errors
 /// When the system refuses, a full disk for one.
@@ -41,7 +41,20 @@ pub async fn create(vm: &VmRuntime, below: &LayerId, new_top: &LayerId) -> Resul
     let below = format!("{below}.qcow2");
     blocking(move || {
         let below = Below { path: &below, format: "qcow2" };
-        overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?;
+        Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
+    })
+    .await
+}
+
+/// Brings a new layer's file to the disk, with its name.
+///
+/// # Errors
+/// When the system refuses.
+pub async fn sync(path: &Path) -> Result<(), Problem> {
+    let path = path.to_owned();
+    blocking(move || {
+        let file = File::open(&path).map_err(FileError::io(&path, "opened"))?;
+        file.sync_all().map_err(FileError::io(&path, "brought to the disk"))?;
         Ok(durable::sync_parent(&path)?)
     })
     .await
@@ -74,6 +87,7 @@ pub async fn freeze_top(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Pro
     let chain = vm.chain()?.to_vec();
     let Some(old_top) = chain.last().filter(|_| !chain.contains(new_top)) else { return Ok(()) };
     create(vm, old_top, new_top).await?;
+    sync(&vm.dirs()?.layer(new_top)).await?;
     open(vm, new_top).await?;
     let mut longer = chain.clone();
     longer.push(new_top.clone());
@@ -211,6 +225,15 @@ pub async fn flush(path: &Path) -> Result<(), Problem> {
         Ok(file.sync_data().map_err(FileError::io(&path, "brought to the disk"))?)
     })
     .await
+}
+
+/// The same after a while: to be done again and again as long as the guest writes.
+///
+/// # Errors
+/// As [`flush`].
+pub async fn flush_after(wait: Duration, path: &Path) -> Result<(), Problem> {
+    tokio::time::sleep(wait).await;
+    flush(path).await
 }
 
 /// Freezes a layer that lies below the VM's writable one: the process, if there is one, opens it anew, only for reading,

@@ -40,7 +40,8 @@ pub struct Below<'a> {
 }
 
 /// Writes an empty overlay of a disk of `size_bytes`, readable and writable by its owner alone, who is `owner` (user
-/// and group) where one is given. It is on the disk when this returns; a file that was there before is replaced.
+/// and group) where one is given. A file that was there before is replaced. Bringing it to the
+/// disk is left to the caller, who may have something more urgent to do first.
 ///
 /// # Errors
 /// When the system refuses, the size is no multiple of 512 or too large, or the name too long.
@@ -51,7 +52,7 @@ pub fn create(path: &Path, size_bytes: u64, below: Below<'_>, owner: Option<u32>
     if let Some(owner) = owner {
         fchown(&file, Some(owner), Some(owner))?;
     }
-    file.sync_all()
+    Ok(())
 }
 
 fn content(size_bytes: u64, below: Below<'_>) -> io::Result<Vec<u8>> {

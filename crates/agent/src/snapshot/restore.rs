@@ -15,7 +15,7 @@
 //! A restore that is run again does the same again, on the same new layer, made empty again.
 
 use std::io::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use berth_api::agent::{TaskOutput, VmDefinition};
 use berth_model::snapshot::RestoreFacts;
@@ -28,6 +28,9 @@ use crate::layout::VmRecord;
 use crate::migration::incoming::{Incoming, IncomingError};
 use crate::task::TaskContext;
 use crate::vm::{LaunchPlan, Memory, VmRuntime};
+
+/// How long the old process may take to let go of its network: it is a matter of a millisecond, unless it hangs.
+const UNPLUG_TIMEOUT: Duration = Duration::from_millis(100);
 
 impl From<IncomingError> for Problem {
     fn from(error: IncomingError) -> Self {
@@ -59,6 +62,7 @@ pub async fn restore(
     let old_chain = vm.chain().map(<[LayerId]>::to_vec).unwrap_or_default();
     let old_process = vm.process().cloned();
     if let Some(process) = &old_process {
+        unplug(vm).await;
         process.kill();
     }
     put_disk_back(vm, definition, &manifest, new_top).await?;
@@ -72,6 +76,8 @@ pub async fn restore(
         vm.end_process().await?;
     }
     let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    // The guest runs: now there is time for the disk.
+    layers::sync(&vm.dirs()?.layer(new_top)).await?;
     if let Some(process) = old_process {
         process.exited().await;
     }
@@ -80,7 +86,12 @@ pub async fn restore(
 }
 
 /// Finds out what can be found out before anything is done.
-fn check(vm: &VmRuntime, manifest: &Manifest, files: &SnapshotFiles, new_top: &LayerId) -> Result<(), Problem> {
+fn check(
+    vm: &VmRuntime,
+    manifest: &Manifest,
+    files: &SnapshotFiles,
+    new_top: &LayerId,
+) -> Result<(), Problem> {
     let below = vm.chain().unwrap_or_default().split_last().map_or(&[][..], |(_, below)| below);
     if manifest.layers.contains(new_top) || below.contains(new_top) {
         let message = format!("{new_top} is a frozen layer of {}", vm.id());
@@ -104,6 +115,19 @@ fn check(vm: &VmRuntime, manifest: &Manifest, files: &SnapshotFiles, new_top: &L
         }
     }
     Ok(())
+}
+
+/// Takes the old process off the network, so that its taps and ports are free for the new one before its memory has been
+/// taken apart. One that does not obey is killed all the same, and the new one waits for it.
+async fn unplug(vm: &VmRuntime) {
+    let (Ok(qmp), Ok(definition)) = (vm.qmp(), vm.definition()) else { return };
+    let unplugged = async {
+        for index in 0..definition.spec.nics.len() {
+            // It may have gone already.
+            let _ = qmp.call_untyped("netdev_del", serde_json::json!({"id": format!("net{index}")})).await;
+        }
+    };
+    let _ = tokio::time::timeout(UNPLUG_TIMEOUT, unplugged).await;
 }
 
 /// A new layer on the snapshot's, and the record of it. The machine is the one that the snapshot is of.

@@ -120,7 +120,10 @@ async fn carry(near: TcpStream, far: TcpStream, counter: &AtomicU64, bytes_max: 
         let mut buffer = vec![0; 64 << 10];
         while let Ok(read) = near_read.read(&mut buffer).await {
             let before = counter.fetch_add(read as u64, Ordering::Relaxed);
-            if read == 0 || before + read as u64 > bytes_max || far_write.write_all(&buffer[..read]).await.is_err() {
+            if read == 0
+                || before + read as u64 > bytes_max
+                || far_write.write_all(&buffer[..read]).await.is_err()
+            {
                 return;
             }
         }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use berth_agent::clock::SystemClock;
 use berth_agent::config::{AgentConfig, NetworkConfig, PoolConfig};
@@ -13,7 +13,7 @@ use berth_agent::image::{Expected, chunks};
 use berth_agent::launcher::process::ProcessLauncher;
 use berth_agent::services::{Handles, PeerConnector};
 use berth_agent::{Agent, sandbox};
-use berth_api::agent::{PutTask, TaskOutput, TaskSpec, TaskState, VmDefinition};
+use berth_api::agent::{PutTask, ReportQuery, TaskOutput, TaskSpec, TaskState, VmDefinition};
 use berth_api::{Client, transport};
 use berth_model::image::{Image, ImagePart, ImageState, PartFormat, PartRole};
 use berth_model::vm::{Nic, VmSpec, VmState};
@@ -171,9 +171,26 @@ impl TestHost {
         self.agent.services().board.vm(vm).map(|report| report.state)
     }
 
+    /// Waits until the agent has noticed that a VM has no process.
+    pub async fn until_stopped(&self, vm: &VmId) {
+        let services = self.agent.services();
+        let mut report = services.board.now();
+        while self.state(vm) != Some(VmState::Stopped) {
+            let query = ReportQuery {
+                incarnation: Some(report.incarnation),
+                after: Some(report.generation),
+                wait_ms: Some(10_000),
+            };
+            let newer = services.board.wait(&query).await;
+            assert!(newer.generation > report.generation, "the VM's end is not noticed");
+            report = newer;
+        }
+    }
+
     /// The process of a VM as it is on record.
     pub fn pid(&self, vm: &VmId) -> Option<i32> {
-        let text = std::fs::read(self.config.state_dir.join("vms").join(vm.as_str()).join("host.json")).ok()?;
+        let text =
+            std::fs::read(self.config.state_dir.join("vms").join(vm.as_str()).join("host.json")).ok()?;
         let record: serde_json::Value = serde_json::from_slice(&text).expect("record");
         record["process"]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())
     }
@@ -328,3 +345,32 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
     }
 }
 
+/// A small file system of its own, gone when it is dropped. Needs root.
+pub struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    pub fn mount(size_mib: u64) -> Option<Self> {
+        let directory = directory();
+        let options = format!("size={size_mib}m,mode=0711");
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(directory.path())
+            .status();
+        if mounted.is_ok_and(|status| status.success()) {
+            return Some(Self(directory));
+        }
+        println!("no file system can be mounted here: not tried");
+        None
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.0.path().to_owned()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a process that was just killed may still hold it.
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}

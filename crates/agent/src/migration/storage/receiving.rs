@@ -174,7 +174,8 @@ impl Disk {
 
     fn data(&mut self, number: u32, offset: u64, bytes: &[u8]) -> Result<(), Problem> {
         if number == TOP_FILE {
-            let (file, path) = self.top.as_ref().ok_or_else(|| nonsense("data of a top that is not expected"))?;
+            let (file, path) =
+                self.top.as_ref().ok_or_else(|| nonsense("data of a top that is not expected"))?;
             if offset > LENGTH_MAX {
                 return Err(nonsense("data far beyond any disk"));
             }

@@ -106,20 +106,16 @@ impl Top {
         Self { path, sent: Vec::new() }
     }
 
-    /// Brings it to the disk, so that little is left to be written when the guest is stopped, and sends what differs from
-    /// what was sent before.
+    /// Sends what differs from what was sent before.
     ///
     /// # Errors
     /// When it can't be read or the connection is over.
-    pub async fn pass(&mut self, sender: &Sender, flush: bool) -> Result<TopPass, Problem> {
+    pub async fn pass(&mut self, sender: &Sender) -> Result<TopPass, Problem> {
         let (changes, mut found) = mpsc::channel::<Change>(READ_AHEAD);
         let (path, before) = (self.path.clone(), std::mem::take(&mut self.sent));
         let looking = tokio::spawn(blocking(move || {
             let look = || {
                 let file = File::open(&path)?;
-                if flush {
-                    file.sync_data()?;
-                }
                 find_changes(&file, before, &changes)
             };
             Ok(look().map_err(FileError::io(&path, "read"))?)
@@ -145,11 +141,13 @@ type Hashes = Vec<Option<[u8; 16]>>;
 fn find_changes(file: &File, before: Hashes, changes: &mpsc::Sender<Change>) -> io::Result<(u64, Hashes)> {
     let gone = |_| io::Error::from(io::ErrorKind::Interrupted);
     let length = file.metadata()?.len();
-    let chunks = usize::try_from(length.div_ceil(CHUNK_BYTES as u64)).expect("files fit in the address space");
+    let chunks =
+        usize::try_from(length.div_ceil(CHUNK_BYTES as u64)).expect("files fit in the address space");
     let mut now: Hashes = vec![None; chunks];
     each_chunk(file, length, |offset, bytes| {
         let number = usize::try_from(offset).expect("within the file") / CHUNK_BYTES;
-        let (hash, _) = blake3::hash(bytes).as_bytes().split_first_chunk().map(|(a, b)| (*a, b.len())).expect("32 bytes");
+        let (hash, _) =
+            blake3::hash(bytes).as_bytes().split_first_chunk().map(|(a, b)| (*a, b.len())).expect("32 bytes");
         now[number] = Some(hash);
         if before.get(number).copied().flatten() != Some(hash) {
             changes.blocking_send(Change::Chunk(offset, bytes.to_vec())).map_err(gone)?;
