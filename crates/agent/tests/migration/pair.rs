@@ -34,15 +34,13 @@ pub struct Pair {
     pub target: TestHost,
     pub target_address: SocketAddr,
     _stop: watch::Sender<bool>,
+    _shared: Option<tempfile::TempDir>,
 }
 
 impl Pair {
     /// Two hosts that see one pool.
     pub async fn with_shared_pool() -> Self {
-        let pool = crate::host::directory();
-        // It goes with the second host's own directory.
-        let path = pool.keep();
-        Self::start(Some(path)).await
+        Self::start(Some(crate::host::directory())).await
     }
 
     /// Two hosts with a pool each.
@@ -50,14 +48,15 @@ impl Pair {
         Self::start(None).await
     }
 
-    async fn start(pool: Option<PathBuf>) -> Self {
+    async fn start(shared: Option<tempfile::TempDir>) -> Self {
+        let pool = shared.as_ref().map(|directory| directory.path().to_owned());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("time").as_secs().cast_signed();
         let ca = Authority::create(now).expect("CA");
         let authority = Authority::load(&ca).expect("CA");
         let (stop, stopped) = watch::channel(false);
         let (source, _) = host(&authority, now, pool.clone(), stopped.clone()).await;
         let (target, target_address) = host(&authority, now, pool, stopped).await;
-        Self { source, target, target_address, _stop: stop }
+        Self { source, target, target_address, _stop: stop, _shared: shared }
     }
 }
 
