@@ -3,7 +3,7 @@
 //! Taking one costs the guest a pause of some ten milliseconds, whatever its size ([`capture`]): memory is read while
 //! it runs, and in the pause the last of it is read and the disk's layers are switched ([`layers`]), so that memory
 //! and disk are of one instant. What was taken is put away as a directory that is either whole or not there
-//! ([`archive`]). Putting the VM back maps the memory instead of reading it ([`restore`]).
+//! ([`archive`]). Putting the VM back maps the memory instead of reading it ([`mod@restore`]).
 //!
 //! **A capture that fails** leaves the VM as it was: running if it ran, and on the layer that it wrote to. If the layers
 //! were switched already, the switch is taken back, by merging the new layer down while the guest runs. Should that

@@ -71,7 +71,7 @@ pub enum AgentVerb {
 /// Which cluster to join, and as what.
 #[derive(Debug, Args)]
 pub struct JoinArguments {
-    /// The manager: HOST[:PORT]
+    /// The manager: HOST or HOST:PORT
     #[arg(long, value_name = "ADDRESS")]
     manager: String,
     /// The join token ('berth host join-token'); good once

@@ -19,7 +19,7 @@ use crate::session::Session;
 /// Where to log in, and as whom.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The manager: https://HOST[:PORT]
+    /// The manager: https://HOST or https://HOST:PORT
     #[arg(long, env = "BERTH_URL")]
     url: String,
     /// File with the cluster's CA certificate (ca.pem); a copy of it is kept

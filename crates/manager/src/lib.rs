@@ -5,7 +5,7 @@
 //! [`workflow`] carries out on the hosts' [`agents`]; the [`reconcile`] loops look after what nobody asked for. All of
 //! it stands on the [`cluster`], which is the [`records`] and the handles to the world.
 //!
-//! Read in this order: [`run`] (how it starts), the door and what it uses, the handlers, then the work.
+//! Read in this order: [`mod@run`] (how it starts), the door and what it uses, the handlers, then the work.
 
 pub mod config;
 pub mod run;

@@ -294,6 +294,12 @@ impl SimCluster {
         all
     }
 
+    /// Kills the processes that a host has of a VM.
+    pub fn kill_qemu(&self, number: usize, vm: &VmId) {
+        let machines = self.hosts[number].launcher.machines();
+        machines.iter().filter(|qemu| qemu.vm() == vm).for_each(FakeQemu::kill);
+    }
+
     /// Ends the machines that obey no more.
     pub fn kill_hung(&self) {
         let machines = self.hosts.iter().flat_map(|host| host.launcher.machines());

@@ -1,11 +1,12 @@
 //! Faults on demand: what a fake QEMU is to do wrong, once, at which moment.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_model::VmId;
+use tokio_util::sync::CancellationToken;
 
 /// Something to go wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Fault {
     /// It ends before it greets, with these words on its standard error.
     DieAtStart {
@@ -23,6 +24,31 @@ pub enum Fault {
     },
     /// It obeys no more and says nothing any more, from a command on; the guest goes on as it is.
     Hang(Moment),
+    /// It takes its time with a command, so that other things can be made to happen meanwhile.
+    Wait(Moment, Gate),
+}
+
+/// Where a command is held up.
+#[derive(Debug, Clone, Default)]
+pub struct Gate {
+    inner: Arc<(CancellationToken, CancellationToken)>,
+}
+
+impl Gate {
+    /// Waits until the command has come.
+    pub async fn reached(&self) {
+        self.inner.0.cancelled().await;
+    }
+
+    /// Lets it be obeyed.
+    pub fn open(&self) {
+        self.inner.1.cancel();
+    }
+
+    pub(crate) async fn pass(&self) {
+        self.inner.0.cancel();
+        self.inner.1.cancelled().await;
+    }
 }
 
 /// A moment: the `nth` command of this name, counted from 1, of those that come after the fault was planned.
@@ -56,11 +82,12 @@ impl Moment {
 }
 
 /// How a command is to be met.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum Misdeed {
     Die,
     Refuse(String),
     Hang,
+    Wait(Gate),
 }
 
 /// The faults that are still to come.
@@ -87,7 +114,7 @@ impl Faults {
             .position(|(whose, fault)| whose == vm && matches!(fault, Fault::DieAtStart { .. }))?;
         match planned.remove(at).1 {
             Fault::DieAtStart { words } => Some(words),
-            Fault::DieAt(_) | Fault::Refuse { .. } | Fault::Hang(_) => None,
+            Fault::DieAt(_) | Fault::Refuse { .. } | Fault::Hang(_) | Fault::Wait(..) => None,
         }
     }
 
@@ -97,9 +124,10 @@ impl Faults {
             whose == vm
                 && match fault {
                     Fault::DieAtStart { .. } => false,
-                    Fault::DieAt(moment) | Fault::Refuse { moment, .. } | Fault::Hang(moment) => {
-                        moment.comes(command)
-                    }
+                    Fault::DieAt(moment)
+                    | Fault::Refuse { moment, .. }
+                    | Fault::Hang(moment)
+                    | Fault::Wait(moment, _) => moment.comes(command),
                 }
         })?;
         match planned.remove(at).1 {
@@ -107,6 +135,7 @@ impl Faults {
             Fault::DieAt(_) => Some(Misdeed::Die),
             Fault::Refuse { words, .. } => Some(Misdeed::Refuse(words)),
             Fault::Hang(_) => Some(Misdeed::Hang),
+            Fault::Wait(_, gate) => Some(Misdeed::Wait(gate)),
         }
     }
 
@@ -124,9 +153,8 @@ mod tests {
         let vm = VmId::from_entropy([1; 10]);
         let faults = Faults::default();
         faults.plan(&vm, Fault::Hang(Moment { command: Some("cont".into()), nth: 2 }));
-        let met: Vec<_> =
-            ["cont", "stop", "cont", "cont"].iter().map(|name| faults.at_command(&vm, name)).collect();
-        assert_eq!(met, [None, None, Some(Misdeed::Hang), None]);
-        assert_eq!(faults.at_command(&VmId::from_entropy([2; 10]), "cont"), None);
+        assert!(faults.at_command(&VmId::from_entropy([2; 10]), "cont").is_none());
+        let met = |name| faults.at_command(&vm, name).is_some();
+        assert_eq!(["cont", "stop", "cont", "cont"].map(met), [false, false, true, false]);
     }
 }

@@ -24,6 +24,7 @@ pub mod network;
 
 pub mod cluster;
 
+pub mod settled;
 pub mod story;
 
 pub mod chance;

@@ -178,3 +178,24 @@ async fn a_vm_whose_qemu_hangs_can_be_stopped_and_put_back() {
     verdict(&cluster);
     cluster.shut_down().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_qemu_that_a_new_agent_can_not_speak_to_is_never_taken_for_stopped() {
+    tell();
+    let cluster = SimCluster::new(1, 6).await;
+    let vm = cluster.create_vms(1).await.remove(0);
+    with_baseline(&cluster, &vm).await;
+    cluster.world().faults.plan(&vm, Fault::Hang(Moment::next("stop")));
+    assert!(act(&cluster, &vm, Act::Pause).await.is_err(), "it says nothing");
+    cluster.kill_agent(0).await;
+    cluster.start_agent(0).await;
+    cluster.until_online().await;
+    let report = cluster.report_of(0).await.expect("a report");
+    assert_ne!(report.vms[0].state, VmState::Stopped, "its guest runs: {report:?}");
+    assert_eq!(cluster.world().oracle.running_on(&vm), ["host-1"]);
+    good(&cluster, &vm, Act::Stop).await;
+    assert!(cluster.processes_of(&vm).is_empty());
+    good(&cluster, &vm, Act::Start).await;
+    verdict(&cluster);
+    cluster.shut_down().await;
+}

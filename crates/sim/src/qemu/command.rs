@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::guest::Memory;
 use super::{Machine, Refusal, RunState, Shared, ended_by_itself, ended_by_signal, incoming, outgoing};
-use crate::fault::Misdeed;
+use crate::fault::{Gate, Misdeed};
 use crate::oracle::Origin;
 
 /// Does what a line says, and answers.
@@ -16,7 +16,7 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
         let desc = "JSON parse error, invalid keyword";
         return shared.lock().say(&json!({"error": {"class": "GenericError", "desc": desc}}));
     };
-    let name = command["execute"].as_str().or(command["exec-oob"].as_str()).unwrap_or_default().to_owned();
+    let name = named(&command).to_owned();
     let mut machine = shared.lock();
     if machine.hangs || machine.ended {
         return;
@@ -27,6 +27,11 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
     };
     let outcome = match planned {
         None => execute(shared, &mut machine, &name, &command["arguments"], descriptors),
+        Some(Misdeed::Wait(gate)) => {
+            shared.oracle().note(shared.vm(), format!("{} takes its time with {name}", shared.start.process));
+            drop(machine);
+            return obey_later(shared, gate, command, std::mem::take(descriptors));
+        }
         Some(Misdeed::Refuse(words)) => Err(Refusal::new(words)),
         Some(Misdeed::Hang) => {
             shared.oracle().note(shared.vm(), format!("{} hangs at {name}", shared.start.process));
@@ -39,6 +44,35 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
             return shared.end(ended_by_signal(11));
         }
     };
+    answer(&machine, &command, outcome);
+    if name == "quit" {
+        drop(machine);
+        shared.end(ended_by_itself(0, ""));
+    }
+}
+
+/// Obeys once the gate is open, whoever may have gone meanwhile.
+fn obey_later(shared: &Arc<Shared>, gate: Gate, command: Value, mut descriptors: Vec<OwnedFd>) {
+    let shared = Arc::clone(shared);
+    let runtime = shared.world.runtime.clone();
+    runtime.spawn(async move {
+        let over = shared.over.clone();
+        tokio::select! {
+            () = over.cancelled() => return,
+            () = gate.pass() => {}
+        }
+        let mut machine = shared.lock();
+        let outcome =
+            execute(&shared, &mut machine, named(&command), &command["arguments"], &mut descriptors);
+        answer(&machine, &command, outcome);
+    });
+}
+
+fn named(command: &Value) -> &str {
+    command["execute"].as_str().or(command["exec-oob"].as_str()).unwrap_or_default()
+}
+
+fn answer(machine: &Machine, command: &Value, outcome: Result<Value, Refusal>) {
     let mut answer = match outcome {
         Ok(value) => json!({"return": value}),
         Err(Refusal { class, desc }) => json!({"error": {"class": class, "desc": desc}}),
@@ -47,10 +81,6 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
         answer["id"] = command["id"].clone();
     }
     machine.say(&answer);
-    if name == "quit" {
-        drop(machine);
-        shared.end(ended_by_itself(0, ""));
-    }
 }
 
 fn execute(

@@ -49,6 +49,11 @@ pub(super) fn open(shared: &Arc<Shared>) -> io::Result<StdUnixStream> {
 async fn serve(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     let mut stream = stream;
     let (say, mut outbox) = mpsc::unbounded_channel();
+    if shared.lock().hangs {
+        // Whoever comes is not even greeted.
+        shared.over.cancelled().await;
+        return Ok(());
+    }
     {
         let mut machine = shared.lock();
         machine.monitor = Some(say);
