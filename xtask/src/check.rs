@@ -25,7 +25,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     step("clippy", "cargo", &clippy, &[])?;
     let documents = ["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"];
-    step("documentation", "cargo", &documents, &[("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links")])?;
+    step(
+        "documentation",
+        "cargo",
+        &documents,
+        &[("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links")],
+    )?;
     if is_installed("cargo-deny") {
         step("licences and bans", "cargo", &["deny", "check", "licenses", "bans", "sources"], &[])?;
     } else {
