@@ -197,8 +197,8 @@ async fn a_migration_that_is_cut_or_cancelled_lets_the_guest_go_on() {
             from.call(MigrateCancel {}).await.expect("cancel");
             heard(&mut sent, EventKind::Migration(MigrationStatus::Cancelled)).await;
         } else {
-            drop(ours);
             heard(&mut sent, EventKind::Migration(MigrationStatus::PreSwitchover)).await;
+            drop(ours);
             from.call(MigrateContinue { state: MigrationStatus::PreSwitchover }).await.expect("go on");
             heard(&mut sent, EventKind::Migration(MigrationStatus::Failed)).await;
             heard(&mut sent, EventKind::Resume).await;
