@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_api::agent::{MigrationSide, TaskOutput, TaskSpec};
 use berth_model::{HostId, OperationId, Problem, ProblemCode, VmId};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
@@ -164,6 +164,7 @@ impl Owner {
     async fn run(mut self, found: oneshot::Sender<()>) {
         if let Err(problem) = find(&mut self.runtime).await {
             tracing::error!(vm = %self.runtime.id(), %problem, "what this host has of the VM can't be taken up");
+            process::let_go(&mut self.runtime);
         }
         // Nobody may be waiting for it.
         let _ = found.send(());
@@ -178,9 +179,23 @@ impl Owner {
                     None => return,
                 },
             }
+            self.end_broken_journey().await;
             if !self.runtime.is_known() && self.resign() {
                 return;
             }
+        }
+    }
+
+    /// A VM whose process ended while it was being sent, and that was not given away, is on its way nowhere any more.
+    async fn end_broken_journey(&mut self) {
+        let vm = &mut self.runtime;
+        let side = vm.host_record().ok().and_then(|record| record.migration.as_ref());
+        let is_sent = matches!(side, Some(MigrationSide::Source { handed_over: false, .. }));
+        if is_sent
+            && vm.rests()
+            && let Err(problem) = recover(vm).await
+        {
+            tracing::error!(vm = %vm.id(), %problem, "a migration whose VM has ended can't be forgotten");
         }
     }
 

@@ -84,7 +84,12 @@ pub(super) async fn start(
     check_identity(vm, definition)?;
     check_owner(vm)?;
     vm.make_home(&definition.spec.pool).await?;
-    process::find_again(vm).await?;
+    if vm.process().is_none() {
+        process::find_again(vm).await?;
+        if vm.process().is_some() {
+            super::actor::recover(vm).await?;
+        }
+    }
     if vm.process().is_none() {
         refresh(vm, definition).await?;
         task.phase("starting");

@@ -124,11 +124,28 @@ pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<()
 }
 
 /// Takes up a process that an agent before this one installed.
+///
+/// # Errors
+/// When it does not say how it is: it is then held as a stray, and looked for again by itself.
 pub(super) async fn adopt(vm: &mut VmRuntime, launched: Launched) -> Result<(), Problem> {
     let serial = attach(vm, launched);
-    let status = vm.qmp()?.call(QueryStatus {}).await.map_err(hypervisor_problem)?;
-    vm.status().process_runs(serial, status.running);
-    Ok(())
+    match vm.qmp()?.call(QueryStatus {}).await {
+        Ok(status) => {
+            vm.status().process_runs(serial, status.running);
+            Ok(())
+        }
+        Err(error) => {
+            let_go(vm);
+            Err(hypervisor_problem(error))
+        }
+    }
+}
+
+/// Lets go of the present process, which did not answer when it was taken up, so that it is looked for again.
+pub(super) fn let_go(vm: &mut VmRuntime) {
+    if let Some(running) = vm.running.take() {
+        hold_stray(vm, running.process.clone());
+    }
 }
 
 fn attach(vm: &mut VmRuntime, launched: Launched) -> u64 {
@@ -223,6 +240,7 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
             };
             if let Err(problem) = found {
                 tracing::error!(vm = %vm.id(), %problem, "the monitor is lost");
+                let_go(vm);
             }
         }
         Notice::DiskFailed { serial, trouble } if present == Some(serial) => {
