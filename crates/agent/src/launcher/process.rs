@@ -4,10 +4,10 @@
 //! another. Which processes are this agent's is told by a mark in their environment that names the VM's run directory.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,6 +28,7 @@ use super::{
 use crate::sandbox::{self, Confinement, Limits};
 
 pub mod abilities;
+pub mod log;
 pub mod proc;
 mod sockets;
 
@@ -37,8 +38,6 @@ const MARK: &str = "BERTH_RUN";
 const GREETING_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long one that is up already may take to greet an agent that has just started.
 const ADOPTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// How much of what QEMU said is shown, in bytes from its end.
-const LAST_WORDS_BYTES: u64 = 2048;
 
 /// Starts real QEMUs.
 pub struct ProcessLauncher {
@@ -77,7 +76,7 @@ impl ProcessLauncher {
         let spawned = tokio::task::spawn_blocking(move || plan.spawn(spec)).await;
         let (record, pidfd) =
             spawned.map_err(|error| failed("making a process")(io::Error::other(error)))??;
-        let process = watched(record, pidfd, run_dir.join("qemu.log"), true)?;
+        let process = watched(record, pidfd, log::path(&run_dir), true)?;
         // Whoever stops waiting for the greeting must not leave a process behind.
         let mut guard = Guard(Some(process.clone()));
         let launched = tokio::select! {
@@ -108,7 +107,7 @@ impl ProcessLauncher {
             Ok(ticks) if ticks == record.start_time_ticks && !proc::is_dead(record.pid) => {}
             _ => return Ok(None),
         }
-        let process = watched(record.clone(), pidfd, run_dir.join("qemu.log"), false)?;
+        let process = watched(record.clone(), pidfd, log::path(run_dir), false)?;
         match greet(run_dir, ADOPTION_TIMEOUT).await {
             Ok((qmp, events)) => Ok(Some(Launched { qmp, events, process })),
             Err(_) if process.has_exited() => Ok(None),
@@ -189,7 +188,7 @@ impl Plan {
             files.insert(Descriptor::Socket(socket), listener.into());
         }
         let words = words(&spec.arguments, &files).map_err(failed("writing the command line"))?;
-        let log = log_file(&spec.run_dir).map_err(failed("opening QEMU's log"))?;
+        let log = log::begin(&log::path(&spec.run_dir)).map_err(failed("opening QEMU's log"))?;
         let errors = log.try_clone().map_err(failed("opening QEMU's log"))?;
         let mut command = Command::new(&self.binary);
         command.args(&self.first_arguments).args(words).stdout(log).stderr(errors);
@@ -237,16 +236,6 @@ fn words(arguments: &[Argument], files: &BTreeMap<Descriptor, OwnedFd>) -> io::R
     arguments.iter().map(word).collect()
 }
 
-fn log_file(run_dir: &Path) -> io::Result<File> {
-    let path = run_dir.join("qemu.log");
-    // Anew for each process: what an earlier one said would be taken for this one's.
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)
-}
-
 fn open_pidfd(pid: i32) -> io::Result<Option<OwnedFd>> {
     let Some(pid) = Pid::from_raw(pid) else { return Ok(None) };
     match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
@@ -274,10 +263,13 @@ fn watched(
     let (ended, exited) = watch::channel(None);
     let killed = Arc::clone(&pidfd);
     tokio::spawn(async move {
-        // An error is that of a runtime that is ending.
-        let _ = pidfd.readable().await;
+        tokio::select! {
+            // An error is that of a runtime that is ending.
+            _ = pidfd.readable() => {}
+            () = log::keep_bounded(&log) => {}
+        }
         let (code, signal) = if is_child { reap(&pidfd) } else { (None, None) };
-        ended.send_replace(Some(Exit { code, signal, last_words: last_words(&log) }));
+        ended.send_replace(Some(Exit { code, signal, last_words: log::last_words(&log) }));
     });
     let kill = move || {
         // One that has ended already needs no killing.
@@ -293,18 +285,6 @@ fn reap(pidfd: &AsyncFd<OwnedFd>) -> (Option<i32>, Option<i32>) {
         Ok(Some(status)) => (status.exit_status(), status.terminating_signal()),
         Ok(None) | Err(_) => (None, None),
     }
-}
-
-fn last_words(log: &Path) -> String {
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(log)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_BYTES)))?;
-        let mut text = Vec::new();
-        file.take(LAST_WORDS_BYTES).read_to_end(&mut text)?;
-        Ok(text)
-    };
-    String::from_utf8_lossy(&read().unwrap_or_default()).trim().to_owned()
 }
 
 async fn greet(run_dir: &Path, connect_timeout: Duration) -> Result<(Qmp, Events), berth_qmp::QmpError> {
