@@ -1,6 +1,8 @@
 //! A VM's serial console: the newest output is kept for who comes late, and shown to many at once.
 //!
-//! It belongs to the VM and not to a process of it: a viewer stays while the VM is restarted or restored under it.
+//! It belongs to the VM and not to a process of it: a viewer stays while the VM is restarted or restored under it. When
+//! the VM is no longer this host's, viewers are told by the end of their output ([`Console::hang_up`]), so that they look
+//! for it where it is now.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -66,6 +68,11 @@ impl Console {
         let mut shown = self.lock();
         let kept = Bytes::copy_from_slice(shown.kept.make_contiguous());
         Viewer { kept, output: shown.viewers.subscribe(), input: self.input.clone() }
+    }
+
+    /// Ends what all present viewers see, once they have seen what was shown so far. Who attaches later is none of them.
+    pub fn hang_up(&self) {
+        self.lock().viewers = broadcast::Sender::new(WAITING_PIECES_MAX);
     }
 
     /// Carries output and input between the VM's present process and the viewers, until it is dropped.
@@ -135,6 +142,20 @@ mod tests {
         assert!(viewer.kept.ends_with(b"end"));
         console.show(b"more");
         assert_eq!(viewer.output.recv().await.expect("output"), "more");
+    }
+
+    #[tokio::test]
+    async fn a_viewer_that_is_hung_up_on_sees_what_was_shown_and_then_the_end() {
+        let console = Console::default();
+        let mut viewer = console.attach();
+        console.show(b"last words");
+        console.hang_up();
+        console.show(b"of another");
+        assert_eq!(viewer.output.recv().await.expect("output"), "last words");
+        assert_eq!(viewer.output.recv().await, Err(broadcast::error::RecvError::Closed));
+        let mut later = console.attach();
+        console.show(b"more");
+        assert_eq!(later.output.recv().await.expect("output"), "more");
     }
 
     #[tokio::test]

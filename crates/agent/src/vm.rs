@@ -302,6 +302,7 @@ impl VmRuntime {
         .await?;
         self.home = None;
         self.status.forget();
+        self.console.hang_up();
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! A VM's console as a websocket: binary messages of what the guest shows, and of what is typed.
+//! A VM's console as a websocket: binary messages of what the guest shows, and of what is typed. It is closed when the
+//! agent stops and when the VM is no longer this host's; the other side then looks for the VM anew.
 
 use std::sync::Arc;
 
@@ -27,14 +28,16 @@ pub(super) async fn open(agent: Arc<Agent>, mut request: Request) -> Result<Resp
     })?;
     let stopping = agent.services().stopping.clone();
     let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX);
-    Ok(upgrade.on_upgrade(move |socket| async move {
+    Ok(upgrade.on_upgrade(move |mut socket| async move {
         // How it ended is the other side's affair.
-        let _ = show(socket, handle.console.attach(), stopping).await;
+        if show(&mut socket, handle.console.attach(), stopping).await.is_ok() {
+            let _ = socket.send(Message::Close(None)).await;
+        }
     }))
 }
 
 async fn show(
-    mut socket: WebSocket,
+    socket: &mut WebSocket,
     mut viewer: Viewer,
     stopping: CancellationToken,
 ) -> Result<(), axum::Error> {
