@@ -128,6 +128,58 @@ async fn a_stopped_vm_is_taken_without_memory_and_put_back_while_it_runs() {
     assert_eq!(layers(&host, &vm), (2, 2), "the layers that the VM lies on are still there");
 }
 
+/// Cuts a snapshot's device state short; `believed` says whether the manifest is made to agree with that.
+fn cut_device_state(host: &TestHost, vm: &TestVm, snapshot: &SnapshotId, believed: bool) {
+    let directory = host.vm_directory(&vm.id).join("snapshots").join(snapshot.as_str());
+    let (device, manifest) = (directory.join("device.bin"), directory.join("snapshot.json"));
+    let mut bytes = std::fs::read(&device).expect("device state");
+    bytes.truncate(bytes.len() / 2);
+    std::fs::remove_file(&device).expect("removed");
+    std::fs::write(&device, &bytes).expect("written");
+    if believed {
+        let text = std::fs::read(&manifest).expect("manifest");
+        let mut value: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        value["memory"]["device_blake3"] = blake3::hash(&bytes).to_hex().as_str().into();
+        std::fs::remove_file(&manifest).expect("removed");
+        std::fs::write(&manifest, value.to_string()).expect("written");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_fails_leaves_the_vm_on_the_disk_that_it_had() {
+    let host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    let taken = snapshot();
+    take(&host, &vm, &taken).await;
+    let nonce = host.probe(&vm.id).tick().expect("tick").nonce;
+    host.probe(&vm.id).write(3).expect("files");
+    let (pid, before) = (host.pid(&vm.id), layers(&host, &vm));
+    let try_it = async || {
+        let definition = vm.boxed();
+        let spec = TaskSpec::RestoreSnapshot { definition, snapshot: taken.clone(), new_top: layer() };
+        host.task(&vm.id, spec).await.expect_err("it is not whole")
+    };
+
+    // What can be seen harms nothing: the guest does not notice.
+    cut_device_state(&host, &vm, &taken, false);
+    assert_eq!(try_it().await.code, ProblemCode::BadImage);
+    assert_eq!((host.state(&vm.id), host.pid(&vm.id)), (Some(VmState::Running), pid));
+    assert_eq!(host.probe(&vm.id).tick().expect("alive").nonce, nonce);
+
+    // What only QEMU finds ends the guest; its disk is what it was, and what was made for it is gone.
+    let undo = snapshot();
+    take(&host, &vm, &undo).await;
+    cut_device_state(&host, &vm, &taken, true);
+    assert_eq!(try_it().await.code, ProblemCode::Hypervisor);
+    assert_eq!(host.state(&vm.id), Some(VmState::Stopped));
+    assert_eq!(layers(&host, &vm), (before.0 + 1, before.1 + 1), "those of the undo snapshot, and no more");
+
+    // So the snapshot that was taken before brings it back, as whoever commanded this does.
+    restore(&host, &vm, &undo).await;
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.tick.nonce, found.files, found.files_wrong, found.pages_wrong), (nonce, 3, 0, 0));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_fails_the_snapshot_and_harms_nothing_else() {
     let Some(small) = SmallDisk::mount(200) else { return };

@@ -12,6 +12,11 @@
 //! and everything below is frozen. It is waited for before the snapshot's old neighbour, the layer that it wrote to, is
 //! removed.
 //!
+//! **A restore that fails** leaves the VM on the disk that it had. What can be known to be wrong is found before the old
+//! process is killed, and harms nothing. When it is QEMU that fails afterwards, the record names the old chain again, the
+//! new layer is removed, and the VM is stopped: whoever commanded this takes an undo snapshot first, and has the VM
+//! put back to that.
+//!
 //! A restore that is run again does the same again, on the same new layer, made empty again.
 
 use std::io::Write;
@@ -21,7 +26,7 @@ use berth_api::agent::{TaskOutput, VmDefinition};
 use berth_model::snapshot::RestoreFacts;
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
-use super::archive::{self, Manifest, SnapshotFiles};
+use super::archive::{self, Manifest, MemoryManifest, SnapshotFiles};
 use super::layers;
 use crate::durable::{FileError, blocking, with_causes};
 use crate::layout::VmRecord;
@@ -46,7 +51,7 @@ impl From<IncomingError> for Problem {
 ///
 /// # Errors
 /// When the snapshot is not here or not whole: the VM is then as it was. When QEMU can't load it: the VM is then
-/// stopped, its disk as in the snapshot, which is still there to be tried again.
+/// stopped, and its disk as it was.
 pub async fn restore(
     vm: &mut VmRuntime,
     context: &TaskContext,
@@ -59,21 +64,15 @@ pub async fn restore(
     let manifest = archive::read(vm.dirs()?, snapshot)?;
     let files = SnapshotFiles::of(vm.dirs()?, snapshot);
     check(vm, &manifest, &files, new_top)?;
-    let old_chain = vm.chain().map(<[LayerId]>::to_vec).unwrap_or_default();
+    let device = read_device(&manifest, &files).await?;
+    let old_record = vm.vm_record().ok().cloned();
     let old_process = vm.process().cloned();
     if let Some(process) = &old_process {
         unplug(vm).await;
         process.kill();
     }
-    put_disk_back(vm, definition, &manifest, new_top).await?;
-    if manifest.memory.is_some() {
-        let run = start(vm, &manifest, &files).await;
-        if let Err(problem) = run {
-            vm.end_process().await?;
-            return Err(problem);
-        }
-    } else {
-        vm.end_process().await?;
+    if let Err(problem) = put_back(vm, definition, &manifest, device, new_top).await {
+        return Err(go_back(vm, problem, old_record, new_top).await);
     }
     let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     // The guest runs: now there is time for the disk.
@@ -81,8 +80,49 @@ pub async fn restore(
     if let Some(process) = old_process {
         process.exited().await;
     }
-    remove_abandoned(vm, &old_chain).await;
+    remove_abandoned(vm, &old_record.map(|record| record.chain).unwrap_or_default()).await;
     Ok(TaskOutput::Restored { facts: RestoreFacts { running_us, undo_us: 0 } })
+}
+
+/// The deed: the disk, and then the machine.
+async fn put_back(
+    vm: &mut VmRuntime,
+    definition: &VmDefinition,
+    manifest: &Manifest,
+    device: Vec<u8>,
+    new_top: &LayerId,
+) -> Result<(), Problem> {
+    put_disk_back(vm, definition, manifest, new_top).await?;
+    match &manifest.memory {
+        Some(memory) => start(vm, &manifest.snapshot, memory, device).await,
+        None => vm.end_process().await.map(drop),
+    }
+}
+
+/// After a failure: no process, the disk that the VM had, and the record saying so.
+async fn go_back(
+    vm: &mut VmRuntime,
+    mut problem: Problem,
+    old_record: Option<VmRecord>,
+    new_top: &LayerId,
+) -> Problem {
+    let undone = async {
+        vm.end_process().await?;
+        let Some(record) = old_record else { return Ok(()) };
+        // A try of the same task that was broken off may have made the new layer the VM's already.
+        let was_new = record.chain.contains(new_top);
+        vm.set_vm_record(record).await?;
+        if was_new {
+            return Ok(());
+        }
+        layers::close(vm, new_top).await
+    };
+    if let Err(error) = undone.await {
+        tracing::warn!(vm = %vm.id(), %error, "a failed restore leaves something behind");
+        problem.message.push_str("; and the VM could not be given its disk back: ");
+        problem.message.push_str(&error.message);
+    }
+    problem
 }
 
 /// Finds out what can be found out before anything is done.
@@ -115,6 +155,22 @@ fn check(
         }
     }
     Ok(())
+}
+
+/// The device state, found unharmed; nothing when the snapshot is of a disk alone.
+async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
+    let Some(memory) = &manifest.memory else { return Ok(Vec::new()) };
+    let (path, snapshot, expected) =
+        (files.device(), manifest.snapshot.clone(), memory.device_blake3.clone());
+    blocking(move || {
+        let bytes = std::fs::read(&path).map_err(FileError::io(&path, "read"))?;
+        if blake3::hash(&bytes).to_hex().as_str() == expected {
+            return Ok(bytes);
+        }
+        let detail = "its checksum differs".to_owned();
+        Err(archive::ArchiveError::Damaged { snapshot, path, detail }.into())
+    })
+    .await
 }
 
 /// Takes the old process off the network, so that its taps and ports are free for the new one before its memory has been
@@ -150,32 +206,30 @@ async fn put_disk_back(
 }
 
 /// A new process with the snapshot's memory, loaded and, if it ran then, running.
-async fn start(vm: &mut VmRuntime, manifest: &Manifest, files: &SnapshotFiles) -> Result<(), Problem> {
-    let chain = vm.chain()?.to_vec();
-    let plan = LaunchPlan { chain, memory: Memory::Image(files.memory()), incoming: true };
-    let openable = archive::Openable::open(files.memory())?;
+async fn start(
+    vm: &mut VmRuntime,
+    snapshot: &SnapshotId,
+    memory: &MemoryManifest,
+    device: Vec<u8>,
+) -> Result<(), Problem> {
+    let image = SnapshotFiles::of(vm.dirs()?, snapshot).memory();
+    let plan =
+        LaunchPlan { chain: vm.chain()?.to_vec(), memory: Memory::Image(image.clone()), incoming: true };
+    let openable = archive::Openable::open(image, vm.user_id()?)?;
     let launched = vm.launch(&plan).await?;
     drop(openable);
     let qmp = launched.qmp.clone();
     vm.install(launched).await?;
     let (mut incoming, mut stream) = Incoming::start(&qmp, false).await?;
-    let device = files.device();
-    let expected = manifest.memory.as_ref().map(|memory| memory.device_blake3.clone()).unwrap_or_default();
-    let snapshot = manifest.snapshot.clone();
     let fed = blocking(move || {
-        let bytes = std::fs::read(&device).map_err(FileError::io(&device, "read"))?;
-        if blake3::hash(&bytes).to_hex().as_str() != expected {
-            let detail = "its checksum differs".to_owned();
-            return Err(archive::ArchiveError::Damaged { snapshot, path: device, detail }.into());
-        }
         // QEMU may refuse the stream before it has read all of it: what it says is the error to tell.
-        let _ = stream.write_all(&bytes);
+        let _ = stream.write_all(&device);
         Ok(())
     });
     let (fed, loaded) = tokio::join!(fed, incoming.until_loaded());
     fed?;
     loaded?;
-    if manifest.memory.as_ref().is_some_and(|memory| memory.was_running) {
+    if memory.was_running {
         incoming.run().await?;
     } else {
         vm.status().process_rests();
