@@ -1,13 +1,18 @@
 //! `snapshot.restore`: a VM back to what it was, as one step that can itself be taken back.
 //!
 //! A running or paused VM is first captured as an *undo snapshot*, which expires by itself: also one whose guest has
-//! panicked, because its QEMU is well. Restoring itself is one task of the agent, which leaves the VM as it was when
-//! it fails; then the undo snapshot is removed again, too. What became of that task must be known before the
-//! operation can end, so a host that stops answering in the middle of it is waited for.
+//! panicked, because its QEMU is well. Restoring itself is one task of the agent. What became of it must be known before
+//! the operation can end, so a host that stops answering in the middle of it is waited for.
+//!
+//! When it fails, the agent has either touched nothing or left the VM stopped, on the disk that it had. In the second
+//! case the VM is put back to the undo snapshot, so that it goes on as it was, but for the moment in between; then
+//! the undo snapshot is removed again, too. It stays if the VM could not be put back to it: it is then all that is left of
+//! what the guest had in its memory.
 
 use std::sync::Arc;
 
 use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_model::host::Host;
 use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotKind, UNDO_KEPT_MS};
 use berth_model::vm::{GuestState, Vm, VmState};
@@ -31,6 +36,8 @@ pub struct RestoreRecord {
     snapshot: SnapshotId,
     has_memory: bool,
     new_top: LayerId,
+    /// What the VM writes to after it was put back to the undo snapshot.
+    back_top: LayerId,
     undo: Option<Capture>,
     facts: RestoreFacts,
 }
@@ -40,7 +47,7 @@ impl Workflow for RestoreSnapshot {
     const KIND: OperationKind = OperationKind::SnapshotRestore;
     const STEPS: &'static [Step<Self>] = &[
         step!("undo-snapshot", take_undo, drop_undo),
-        step!("restore", restore, look_again; no_return),
+        step!("restore", restore, go_back; no_return),
         step!("record", record),
     ];
 
@@ -69,6 +76,7 @@ impl Workflow for RestoreSnapshot {
                 snapshot: snapshot.value.id.clone(),
                 has_memory: snapshot.facts.has_memory,
                 new_top: desk.cluster.new_layer_id(),
+                back_top: desk.cluster.new_layer_id(),
                 undo,
                 facts: RestoreFacts::default(),
             },
@@ -116,6 +124,15 @@ async fn take_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
 
 async fn drop_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     let Some(capture) = &run.record.undo else { return Ok(()) };
+    look(run, &run.record.vm, &run.record.host).await?;
+    let vm = run.cluster.records.require::<Vm>(run.record.vm.as_str())?;
+    let lives = matches!(vm.status.state, VmState::Running | VmState::Paused | VmState::Starting);
+    // Whether it was taken is what the records say: this may be another manager than the one that took it.
+    if !lives && run.cluster.records.find_snapshot(&vm.value.id, capture.snapshot.id.as_str()).is_ok() {
+        let (vm, snapshot) = (vm.full_name(), &capture.snapshot.name);
+        tracing::warn!(%vm, %snapshot, "the VM is not back where it was: its undo snapshot is kept");
+        return Ok(());
+    }
     unkeep(run, &capture.snapshot).await?;
     drop_files(run, &run.record.host, &capture.snapshot, "drop-undo").await?;
     look(run, &run.record.vm, &run.record.host).await
@@ -139,8 +156,34 @@ async fn restore(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn look_again(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    look(run, &run.record.vm, &run.record.host).await
+/// Puts the VM back to its undo snapshot, unless it is still what it was before.
+async fn go_back(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let RestoreRecord { vm, host, new_top, back_top, undo, .. } = &run.record;
+    let went_back = match undo {
+        Some(capture) if was_touched(run, host, vm, new_top).await => {
+            let row = run.cluster.records.require::<Vm>(vm.as_str())?;
+            let spec = TaskSpec::RestoreSnapshot {
+                definition: definition(&run.cluster, &row)?,
+                snapshot: capture.snapshot.id.clone(),
+                new_top: back_top.clone(),
+            };
+            let command = Command { host, vm: Some(vm), label: "go-back", spec };
+            run.command_or_pass(command).await.map(drop)
+        }
+        _ => Ok(()),
+    };
+    look(run, vm, host).await?;
+    went_back
+}
+
+/// Whether the restore has killed the VM's process or taken effect, as far as the host says.
+async fn was_touched(run: &Run<RestoreSnapshot>, host: &HostId, vm: &VmId, new_top: &LayerId) -> bool {
+    let Ok(host) = run.cluster.records.require::<Host>(host.as_str()) else { return false };
+    match run.cluster.agents.report_of(&host, vm).await {
+        Ok(Some(report)) => report.state == VmState::Stopped || report.top.as_ref() == Some(new_top),
+        // What can't be asked can't be told either.
+        Ok(None) | Err(_) => false,
+    }
 }
 
 async fn record(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {

@@ -104,6 +104,8 @@ struct State {
     running: HashMap<String, (tokio::task::AbortHandle, watch::Sender<bool>)>,
     vms: BTreeMap<VmId, Machine>,
     refusals: HashMap<&'static str, Problem>,
+    /// How the next restores end once the process is gone.
+    broken_restores: Vec<Problem>,
     script: Option<MoveScript>,
     guests_are: GuestState,
     lag: Duration,
@@ -121,6 +123,7 @@ impl Net {
                 running: HashMap::new(),
                 vms: BTreeMap::new(),
                 refusals: HashMap::new(),
+                broken_restores: Vec::new(),
                 script: None,
                 guests_are: GuestState::Booting,
                 lag: Duration::ZERO,
@@ -231,6 +234,11 @@ impl FakeAgent {
 
     pub fn release(&self) {
         self.held.send_modify(BTreeSet::clear);
+    }
+
+    /// The next restores, as many as there are problems, fail after they have killed the VM's process.
+    pub fn break_restores(&self, problems: Vec<Problem>) {
+        self.lock().broken_restores = problems;
     }
 
     /// The next task of this kind fails.
@@ -504,6 +512,14 @@ impl FakeAgent {
         let has_memory = self
             .pool(|pool| pool.vms.get(vm).and_then(|files| files.snapshots.get(snapshot).copied()))
             .ok_or_else(|| Problem::not_found("snapshot", snapshot))?;
+        let broken = self.lock().broken_restores.pop();
+        if let Some(problem) = broken {
+            self.with(vm, |machine, _| {
+                machine.process = Process::None;
+                machine.guest = GuestState::Off;
+            })?;
+            return Err(problem);
+        }
         self.pool(|pool| {
             if let Some(files) = pool.vms.get_mut(vm) {
                 files.top = new_top.clone();

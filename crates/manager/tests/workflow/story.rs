@@ -151,6 +151,50 @@ async fn a_restore_that_fails_leaves_the_vm_as_it_was_and_no_undo_snapshot() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_restore_that_breaks_when_the_process_is_gone_puts_the_vm_back_to_where_it_was() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    snapshot(&cluster, &id, "first").await;
+    let before = world.digest(&cluster);
+    let broken = || Problem::new(ProblemCode::Hypervisor, "QEMU ended with code 1");
+    // The first way back may fail, too.
+    for problems in [vec![broken()], vec![broken(), broken()]] {
+        world.agent(0).break_restores(problems);
+        let operation = whole(&cluster, restore(&id, Some("first"), false)).await;
+        assert_eq!(operation.state, OperationState::Failed);
+        assert_eq!(operation.problem.expect("a reason").code, ProblemCode::Hypervisor);
+        assert_eq!(vm(&cluster, &id).status.state, VmState::Running);
+        settle(&world, &cluster).await;
+        world.check_whole(&cluster).await;
+        assert_eq!(world.digest(&cluster), before);
+    }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_undo_snapshot_that_the_vm_can_not_be_put_back_to_is_kept() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    snapshot(&cluster, &id, "first").await;
+    world.agent(0).break_restores(vec![Problem::new(ProblemCode::Hypervisor, "QEMU ended with code 1"); 20]);
+    let operation = whole(&cluster, restore(&id, Some("first"), false)).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    let said = operation.problem.expect("a reason").message;
+    assert!(said.contains("'restore' could not be undone"), "{said}");
+    assert_eq!(vm(&cluster, &id).status.state, VmState::Stopped);
+    world.agent(0).break_restores(Vec::new());
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    let undo = cluster.records.snapshots_of(&id).into_iter().find(|one| one.kind == SnapshotKind::Undo);
+    let undo = undo.expect("what is left of the guest's memory is kept").value.id.clone();
+    done(&cluster, restore(&id, Some(undo.as_str()), true)).await;
+    assert_eq!(vm(&cluster, &id).status.state, VmState::Running);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn deleting_a_snapshot_hangs_its_children_on_its_parent() {
     let world = World::new(Pools::Local).await;
     let cluster = world.manager_with_hosts().await;
