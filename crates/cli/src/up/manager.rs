@@ -1,6 +1,7 @@
 //! The manager of a cluster on one machine.
 
 use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -24,6 +25,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const ASK_INTERVAL: Duration = Duration::from_millis(50);
 /// How many ports are tried after the one that people know.
 const PORTS_TRIED: u16 = 200;
+/// How often it is started when others take its port first.
+const STARTS_MAX: u32 = 10;
 
 /// Starts the manager if it doesn't run, and waits until it answers.
 ///
@@ -37,16 +40,36 @@ pub async fn bring_up(
     for made in ["manager", "hosts", "log", "pids", "run"] {
         config::make_private_directory(&directory.path().join(made))?;
     }
-    if process::alive(directory, MANAGER).is_none() {
-        let address = choose_address(record)?;
-        record.manager = Some(address);
-        directory.save(record)?;
-        write_config(directory, record, address)?;
-        let config = directory.manager_config();
-        let config = config.to_str().context("the directory's name is not text")?;
-        process::start(directory, MANAGER, &["manager", "run", "--config", config], None)?;
+    let mut starts = 0;
+    loop {
+        if process::alive(directory, MANAGER).is_none() {
+            start(directory, record)?;
+            starts += 1;
+        }
+        match wait_until_it_answers(directory, record, output).await {
+            Err(_) if starts < STARTS_MAX && lost_its_port(directory, record) => {}
+            answer => return answer,
+        }
     }
-    wait_until_it_answers(directory, record, output).await
+}
+
+fn start(directory: &Directory, record: &mut Record) -> Result<()> {
+    let address = choose_address(record)?;
+    record.manager = Some(address);
+    directory.save(record)?;
+    write_config(directory, record, address)?;
+    let config = directory.manager_config();
+    let config = config.to_str().context("the directory's name is not text")?;
+    process::start(directory, MANAGER, &["manager", "run", "--config", config], None)
+}
+
+/// Whether it has ended and somebody else listens where it was to: a port that was free when it was chosen may be
+/// another's, of another cluster that is brought up at the same time, when the manager gets there.
+fn lost_its_port(directory: &Directory, record: &Record) -> bool {
+    let in_use = |address: SocketAddr| {
+        TcpListener::bind(address).is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    };
+    process::alive(directory, MANAGER).is_none() && record.manager.is_some_and(in_use)
 }
 
 fn write_config(directory: &Directory, record: &Record, address: SocketAddr) -> Result<()> {
