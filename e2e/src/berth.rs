@@ -1,5 +1,6 @@
 //! The `berth` binary with its configuration: words in, JSON out.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -11,6 +12,7 @@ use serde_json::Value;
 pub struct Berth {
     binary: PathBuf,
     config: Option<PathBuf>,
+    user: Option<(u32, PathBuf)>,
 }
 
 /// What the command line said when it refused or failed.
@@ -34,7 +36,7 @@ impl Refusal {
 impl Berth {
     /// The binary at this path, not yet pointed at a cluster.
     pub fn new(binary: &Path) -> Self {
-        Self { binary: binary.to_owned(), config: None }
+        Self { binary: binary.to_owned(), config: None, user: None }
     }
 
     /// The same, for the cluster that this client configuration names.
@@ -42,6 +44,18 @@ impl Berth {
     pub fn with_config(mut self, config: &Path) -> Self {
         self.config = Some(config.to_owned());
         self
+    }
+
+    /// The same, run by the user and group of this number, at home in this folder. Only root can do that.
+    #[must_use]
+    pub fn run_by(mut self, user_id: u32, home: &Path) -> Self {
+        self.user = Some((user_id, home.to_owned()));
+        self
+    }
+
+    /// Where the binary is.
+    pub fn binary(&self) -> &Path {
+        &self.binary
     }
 
     /// The binary that was built beside the running one: tests, demo and benches live in the same target folder.
@@ -65,6 +79,10 @@ impl Berth {
         command.args(words).stdin(Stdio::null());
         if let Some(config) = &self.config {
             command.env("BERTH_CONFIG", config);
+        }
+        if let Some((id, home)) = &self.user {
+            // In no other group: the user is set last, and with it root's groups are given up.
+            command.gid(*id).uid(*id).env("HOME", home).current_dir(home);
         }
         command
     }

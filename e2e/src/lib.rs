@@ -5,6 +5,7 @@
 
 pub mod berth;
 pub mod cluster;
+pub mod console;
 pub mod guest;
 pub mod process;
 
@@ -12,4 +13,5 @@ pub mod testing;
 
 pub use berth::{Berth, Refusal};
 pub use cluster::{Cluster, UpOptions};
+pub use console::Console;
 pub use guest::Guest;

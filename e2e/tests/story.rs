@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use berth_e2e::Console;
 use berth_e2e::testing::{Pool, guest_in, up};
 use guest_probe::memory::{Rewrite, Settings};
 
@@ -17,6 +18,8 @@ fn story(pool: Pool) -> Result<()> {
     guest.probe.write(20)?;
     guest.verify()?;
 
+    let mut console = Console::attach(&cluster.berth, "books")?;
+    console.ask("before")?;
     cluster.berth.run(&["snapshot", "create", "books", "--name", "working"])?;
     let first_host = cluster.host_of("books")?;
     cluster.berth.run(&["vm", "migrate", "books"])?;
@@ -25,6 +28,8 @@ fn story(pool: Pool) -> Result<()> {
     let moved = cluster.guest("books")?;
     ensure!(moved.probe.tick()?.nonce == baseline.nonce, "the guest was not moved but started anew");
     ensure!(moved.verify()?.files == 20, "files were lost");
+
+    console.ask("moved")?;
 
     moved.probe.break_data()?;
     moved.probe.break_panic()?;
@@ -40,6 +45,7 @@ fn story(pool: Pool) -> Result<()> {
 
     cluster.berth.run(&["vm", "migrate", "books"])?;
     cluster.guest("books")?.verify()?;
+    console.ask("moved-back")?;
     cluster.berth.run(&["vm", "delete", "books", "--force"])?;
     let gone = cluster.berth.refuses(&["vm", "show", "books"])?;
     ensure!(gone.exit_code == 4, "a deleted VM is still there");
