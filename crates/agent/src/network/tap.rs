@@ -1,4 +1,9 @@
 //! Making a tap device and putting it on a bridge.
+//!
+//! A bridge whose address nobody has set takes the lowest of its ports' addresses. A tap with a random one can so change
+//! the address of the host itself, and neighbours then send to the old one until they ask again: half a minute in which
+//! the host, and whatever is on its way to it, is cut off whenever a VM comes or goes. So a tap's address begins with
+//! the highest byte that an address of one device may begin with.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -9,6 +14,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 /// `SIOCBRADDIF`, which has no name in the library.
 const ADD_TO_BRIDGE: libc::Ioctl = 0x89a2;
+
+/// What a tap's address begins with: the highest byte of a unicast address that no vendor has.
+const ADDRESS_START: u8 = 0xfe;
 
 /// A tap that is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +79,7 @@ pub fn open(request: &Request) -> Result<OwnedFd, TapError> {
     // A tap with another length than its bridge's would change that of the whole bridge.
     interface(&socket, libc::SIOCSIFMTU, &request.name, Value::Int(mtu))
         .map_err(failed("setting its frame length"))?;
+    raise_address(&socket, &request.name).map_err(failed("setting its address"))?;
     let index =
         interface(&socket, libc::SIOCGIFINDEX, &request.name, Value::None).map_err(failed("finding it"))?;
     // SAFETY: `SIOCGIFINDEX` has just filled this field in.
@@ -98,9 +107,20 @@ fn make(request: &Request) -> io::Result<File> {
     Ok(file)
 }
 
+/// Gives a tap, before it is on its bridge, an address above those of the bridge's other ports.
+fn raise_address(socket: &OwnedFd, name: &str) -> io::Result<()> {
+    let found = interface(socket, libc::SIOCGIFHWADDR, name, Value::None)?;
+    // SAFETY: `SIOCGIFHWADDR` has just filled this field in.
+    #[allow(unsafe_code)]
+    let mut address = unsafe { found.ifr_ifru.ifru_hwaddr };
+    address.sa_data[0] = libc::c_char::from_ne_bytes([ADDRESS_START]);
+    interface(socket, libc::SIOCSIFHWADDR, name, Value::Address(address)).map(drop)
+}
+
 /// What goes into a request about an interface.
 enum Value {
     None,
+    Address(libc::sockaddr),
     Int(libc::c_int),
     Flags(libc::c_int),
 }
@@ -125,6 +145,7 @@ fn interface(
     }
     match value {
         Value::None => {}
+        Value::Address(address) => request.ifr_ifru.ifru_hwaddr = address,
         Value::Int(number) => request.ifr_ifru.ifru_ifindex = number,
         Value::Flags(flags) => {
             request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags)
@@ -136,4 +157,55 @@ fn interface(
     #[allow(unsafe_code)]
     let result = unsafe { libc::ioctl(descriptor.as_raw_fd(), what, &raw mut request) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(request) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::{Request, open};
+
+    fn ip(words: &[&str]) -> String {
+        let output = Command::new("ip").args(words).output().expect("ip runs");
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    #[test]
+    fn a_tap_that_comes_leaves_the_bridges_address_alone() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: it needs root");
+            return;
+        }
+        // In a network of its own, which goes with the thread.
+        let look = || {
+            // Deprecated because some of its flags are not safe; this one is.
+            #[allow(deprecated)]
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("a network of our own");
+            ip(&["link", "add", "br0", "type", "bridge"]);
+            // The highest that a vendor could have.
+            ip(&[
+                "link",
+                "add",
+                "port",
+                "address",
+                "fc:ff:ff:ff:ff:ff",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "far",
+            ]);
+            ip(&["link", "set", "port", "master", "br0", "up"]);
+            let before = ip(&["-o", "link", "show", "br0"]);
+            assert!(before.contains("fc:ff:ff:ff:ff:ff"), "{before}");
+            for number in 0..8 {
+                let request = Request { name: format!("t{number}"), bridge: "br0".to_owned(), owner: None };
+                let _tap = open(&request).expect("a tap");
+                let during = ip(&["-o", "link", "show", "br0"]);
+                assert!(during.contains("fc:ff:ff:ff:ff:ff"), "{during}");
+            }
+        };
+        std::thread::spawn(look).join().expect("looked");
+    }
 }

@@ -122,6 +122,10 @@ fn join_host(record: &Record, host: &str, address: Ipv4Addr) -> Result<()> {
     let making = || -> Result<()> {
         ip(&["netns", "add", &own])?;
         make_bridge(&own)?;
+        // Its own, whatever the addresses of its ports: a host whose address changes is cut off for a while.
+        let [_, b, c, d] = address.octets();
+        let hardware = format!("02:62:65:{b:02x}:{c:02x}:{d:02x}");
+        ip(&["-n", &own, "link", "set", BRIDGE, "address", &hardware])?;
         ip(&["-n", &own, "link", "add", UPLINK, "type", "veth", "peer", "name", host, "netns", &switch])?;
         ip(&["-n", &own, "link", "set", UPLINK, "master", BRIDGE, "up"])?;
         ip(&["-n", &switch, "link", "set", host, "master", BRIDGE, "up"])?;
