@@ -31,7 +31,11 @@ pub struct Cluster {
     pub berth: Berth,
     dir: PathBuf,
     keep: bool,
+    tells_logs: bool,
 }
+
+/// So many lines of each log are told.
+const LOG_LINES: usize = 80;
 
 impl Cluster {
     /// Starts a cluster and waits until all hosts are online.
@@ -48,10 +52,21 @@ impl Cluster {
         }
         let config = options.dir.join("client.toml");
         // Made first, so that whatever came up before a failure is taken down by its drop.
-        let cluster =
-            Self { berth: berth.clone().with_config(&config), dir: options.dir.clone(), keep: options.keep };
+        let cluster = Self {
+            berth: berth.clone().with_config(&config),
+            dir: options.dir.clone(),
+            keep: options.keep,
+            tells_logs: false,
+        };
         berth.run(&words)?;
         Ok(cluster)
+    }
+
+    /// Shows the end of each daemon's log when it is dropped without [`Self::down`]: a test has failed then.
+    #[must_use]
+    pub const fn telling_logs(mut self) -> Self {
+        self.tells_logs = true;
+        self
     }
 
     /// Where its files are.
@@ -165,10 +180,23 @@ impl Cluster {
         let dir = self.dir.to_str().context("path")?;
         self.berth.run(&["down", "--dir", dir, "--purge"]).map(drop)
     }
+
+    fn tell_logs(&self) {
+        for entry in std::fs::read_dir(self.dir.join("log")).into_iter().flatten().flatten() {
+            let text = std::fs::read(entry.path()).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().collect();
+            let end = &lines[lines.len().saturating_sub(LOG_LINES)..];
+            eprintln!("the end of {}:\n{}", entry.file_name().display(), end.join("\n"));
+        }
+    }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if !self.keep && self.tells_logs {
+            self.tell_logs();
+        }
         if !self.keep
             && self.dir.exists()
             && let Err(error) = self.remove()

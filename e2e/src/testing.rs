@@ -32,7 +32,7 @@ impl Pool {
 pub fn up(folder: &Path, hosts: u32) -> Result<Cluster> {
     let berth = Berth::beside_this_program()?;
     let options = UpOptions { dir: folder.join("cluster"), hosts, link_mbit: None, keep: false };
-    let cluster = Cluster::up(&berth, &options)?;
+    let cluster = Cluster::up(&berth, &options)?.telling_logs();
     cluster.import_guest("probe", "")?;
     Ok(cluster)
 }

@@ -1,5 +1,6 @@
 //! Processes killed with -9 at every step: afterwards the VM runs exactly once, and all that it holds is right.
 
+use std::process::Child;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -54,9 +55,13 @@ fn active(cluster: &Cluster, kind: &str) -> Result<Option<Value>> {
     Ok(items.into_iter().find(|operation| operation["kind"] == kind && !over(operation)))
 }
 
-fn wait_for(cluster: &Cluster, kind: &str, when: When) -> Result<()> {
-    wait_until(LIMIT, &format!("{kind} to be at {when:?}"), || {
-        let Some(operation) = active(cluster, kind)? else { return Ok(false) };
+/// Waits until the migration that this command asked for is so far; an answer before that is an error.
+fn wait_for(cluster: &Cluster, asking: &mut Child, when: When) -> Result<()> {
+    wait_until(LIMIT, &format!("the migration to be at {when:?}"), || {
+        let Some(operation) = active(cluster, "vm.migrate")? else {
+            ensure!(asking.try_wait()?.is_none(), "the migration ended before it was at {when:?}");
+            return Ok(false);
+        };
         Ok(match when {
             When::AtOnce => true,
             When::InPhase(phase) => operation["progress"]["phase"] == phase,
@@ -86,7 +91,11 @@ fn kill_in_migration(cluster: &Cluster, victim: Victim, when: When) -> Result<()
     let nonce = cluster.guest("books")?.probe.tick()?.nonce;
     let before = cluster.qemus_of("books")?;
     let mut migrating = cluster.berth.start(&["vm", "migrate", "books", "--bandwidth", SLOW])?;
-    wait_for(cluster, "vm.migrate", when)?;
+    if let Err(error) = wait_for(cluster, &mut migrating, when) {
+        migrating.kill()?;
+        let said = migrating.wait_with_output()?;
+        return Err(error).with_context(|| format!("{what}: {}", String::from_utf8_lossy(&said.stderr)));
+    }
     match victim {
         Victim::Manager => cluster.daemon("manager")?.kill()?,
         Victim::SourceAgent => cluster.daemon(&source)?.kill()?,
@@ -95,7 +104,7 @@ fn kill_in_migration(cluster: &Cluster, victim: Victim, when: When) -> Result<()
     }
     cluster.restart_dead()?;
     // Its own exit code says little once the manager was killed; what counts is how things stand.
-    let _ = migrating.wait()?;
+    let _ = migrating.wait_with_output()?;
     settle(cluster).context(what.clone())?;
     let guest = cluster.guest("books")?;
     let seen = guest.verify().context(what.clone())?;
