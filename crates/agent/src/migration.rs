@@ -6,21 +6,24 @@
 //! ([`recover`]).
 //!
 //! **Who may run the guest** can be told at every instant from what is on disk. The source may, until it has written the
-//! marker `handed_over`. From then on only the target may, once it is told; and the source again only when the manager,
-//! having made sure that the target has no process, says so. The rest follows from it: an agent that finds its VM without
-//! the marker lets it run, whatever QEMU was doing; one that finds the marker does nothing; a target that is not told
-//! does nothing either.
+//! marker that it gave the VM away. From then on only the target may, once it is told; and the source again only when the
+//! manager, having made sure that the target has thrown away what it had, says so. The target does that only as long as
+//! its own marker does not say that the guest was told to run ([`arrival`]): after that the VM is the target's, even if
+//! its process has died. The rest follows from it: an agent that finds its VM without the source's marker lets it run,
+//! whatever QEMU was doing; one that finds the marker does nothing; a target that is not told does nothing either.
 
 use berth_api::agent::{MigrationSide, TaskOutput, VmDefinition};
 use berth_model::{HostId, OperationId, Problem, ProblemCode};
+use berth_qmp::Qmp;
 use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus};
 
-use crate::durable::{self, blocking};
+use crate::durable::blocking;
 use crate::image;
 use crate::snapshot::layers::refused;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
+mod arrival;
 pub mod convergence;
 pub mod incoming;
 mod journey;
@@ -39,6 +42,8 @@ pub(crate) use target::receive;
 
 pub use wire::UPGRADE;
 
+use arrival::NotRunning;
+use marker::{Deed, Mark};
 use target::Admission;
 
 /// As target: expects the VM from a host. What can be found wrong before anything is sent is found here.
@@ -98,6 +103,8 @@ async fn expect(vm: &mut VmRuntime, admission: &Admission) -> Result<(), Problem
     if ours {
         return Ok(());
     }
+    // One that was left behind must not be taken for this migration's.
+    arrival::forget(vm).await?;
     admission.write(vm)?;
     let side = MigrationSide::Target { migration: admission.migration.clone(), loaded: false };
     vm.set_migration(Some(side)).await
@@ -121,31 +128,21 @@ pub(crate) async fn refuse(
         None if vm.process().is_some() => return Err(vm.wrong_state("a VM that does not run here")),
         None | Some(_) => return Ok(TaskOutput::Done),
     }
+    if arrival::mark(vm).await? == Mark::Set {
+        return Err(vm.wrong_state("a guest that was not told to run here"));
+    }
     if let Ok(qmp) = vm.qmp()
         && qmp.call(QueryStatus {}).await.is_ok_and(|status| status.running)
     {
         return Err(vm.wrong_state("a guest that does not run here"));
     }
-    remove_arrival(vm, shared_pool).await?;
+    arrival::remove(vm, shared_pool).await?;
     vm.drop_home().await?;
     Ok(TaskOutput::Done)
 }
 
-/// Ends the process that waited and removes the files that came, unless they are the source's too.
-async fn remove_arrival(vm: &mut VmRuntime, shared_pool: bool) -> Result<(), Problem> {
-    vm.end_process().await?;
-    if !shared_pool {
-        let directory = vm.dirs()?.disk.clone();
-        blocking(move || Ok(durable::remove_tree(&directory)?)).await?;
-        vm.drop_vm_record()?;
-    }
-    if let Some(MigrationSide::Target { migration, loaded: true }) = vm.host_record()?.migration.clone() {
-        vm.set_migration(Some(MigrationSide::Target { migration, loaded: false })).await?;
-    }
-    Ok(())
-}
-
-/// As target: the source is known to have given the VM away; lets it run. Nothing if it runs.
+/// As target: the source is known to have given the VM away; lets it run. Nothing if it runs. A VM that may have run here
+/// before is taken over as it is, even if its process is gone.
 ///
 /// # Errors
 /// When it was not loaded here, or does not run.
@@ -158,15 +155,42 @@ pub(crate) async fn take_over(vm: &mut VmRuntime, migration: &OperationId) -> Re
             return Err(Problem::new(ProblemCode::WrongState, message));
         }
     }
+    let mark = arrival::mark(vm).await?;
+    match (loaded(vm).await, mark) {
+        (Ok(qmp), Mark::Clear) => {
+            let marker = arrival::prepare(vm).await?;
+            match arrival::let_run(marker, incoming::run_loaded(&qmp)).await {
+                Ok(_) => {}
+                Err(NotRunning::Never(problem)) => return Err(problem),
+                Err(NotRunning::Perhaps(problem)) => perhaps_ran(vm, &problem),
+            }
+        }
+        (Ok(qmp), Mark::Set | Mark::Lost) => {
+            if let Err(error) = incoming::run_loaded(&qmp).await {
+                perhaps_ran(vm, &error.into());
+            }
+        }
+        (Err(problem), Mark::Clear) => return Err(problem),
+        (Err(problem), Mark::Set | Mark::Lost) => perhaps_ran(vm, &problem),
+    }
+    target::settle_in(vm).await?;
+    Ok(TaskOutput::Done)
+}
+
+fn perhaps_ran(vm: &VmRuntime, problem: &Problem) {
+    tracing::error!(vm = %vm.id(), %problem, "taken over as it is: its guest may have run here, and does not now");
+    vm.status().process_rests();
+}
+
+/// The QEMU in which the VM was loaded.
+async fn loaded(vm: &VmRuntime) -> Result<Qmp, Problem> {
     let qmp = vm.qmp()?.clone();
     let status = qmp.call(QueryMigrate {}).await.map_err(refused)?.status;
     if status != MigrationStatus::Completed {
         let message = format!("{} has not been loaded on this host (its migration is {status:?})", vm.id());
         return Err(Problem::new(ProblemCode::WrongState, message));
     }
-    incoming::run_loaded(&qmp).await?;
-    target::settle_in(vm).await?;
-    Ok(TaskOutput::Done)
+    Ok(qmp)
 }
 
 /// As source: the target is known to have no process; takes the VM back and lets it run. Nothing if it was never given
@@ -185,7 +209,7 @@ pub(crate) async fn take_back(vm: &mut VmRuntime, migration: &OperationId) -> Re
     }
     // What is on the disk first: it must never say that the VM was given away when it runs here.
     let state = vm.dirs()?.state.clone();
-    blocking(move || Ok(marker::remove(&state)?)).await?;
+    blocking(move || Ok(marker::remove(&state, Deed::GivenAway)?)).await?;
     vm.set_migration(None).await?;
     if let Ok(qmp) = vm.qmp().cloned() {
         outgoing::settle(&qmp, true).await?;

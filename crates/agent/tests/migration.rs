@@ -188,7 +188,7 @@ async fn a_link_that_breaks_while_the_guest_stands_still_leaves_it_running_exact
 }
 
 /// A migration that is slow enough to be disturbed while memory goes over.
-async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str) -> String {
+async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str, mib_s: u64) -> String {
     pair.admit(vm, migration, false).await;
     let TaskSpec::MoveVm { target, target_address, spare_layers, .. } = pair.order(migration, address, false)
     else {
@@ -199,7 +199,7 @@ async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str) 
         target,
         target_address,
         shared_pool: false,
-        bandwidth_bytes_per_second: Some(4 << 20),
+        bandwidth_bytes_per_second: Some(mib_s << 20),
         spare_layers,
     };
     let task = pair.source.put(&vm.id, spec);
@@ -225,14 +225,14 @@ async fn cancelling_or_killing_in_the_warm_up_leaves_the_guest_where_it_is() {
     let address = pair.target_address.to_string();
 
     let cancelled = migration();
-    let task = slow(&pair, &vm, &cancelled, &address).await;
+    let task = slow(&pair, &vm, &cancelled, &address, 4).await;
     pair.source.agent.tasks().cancel(&task).expect("cancelled");
     let result = pair.source.wait(&task).await;
     assert_eq!(result.as_ref().expect_err("cancelled").code, ProblemCode::Cancelled);
     assert!(!settle(&pair, &vm, &cancelled, result).await);
 
     let killed = migration();
-    let task = slow(&pair, &vm, &killed, &address).await;
+    let task = slow(&pair, &vm, &killed, &address, 4).await;
     host::kill(pair.target.pid(&vm.id).expect("a process that waits"));
     let result = pair.source.wait(&task).await;
     let problem = result.as_ref().expect_err("killed");
@@ -241,19 +241,51 @@ async fn cancelling_or_killing_in_the_warm_up_leaves_the_guest_where_it_is() {
 
     let cut = migration();
     let link = Link::to(pair.target_address, u64::MAX).await;
-    let task = slow(&pair, &vm, &cut, &link.address.to_string()).await;
+    let task = slow(&pair, &vm, &cut, &link.address.to_string(), 4).await;
     link.cut.cancel();
     let result = pair.source.wait(&task).await;
     assert_eq!(result.as_ref().expect_err("cut").code, ProblemCode::Unreachable);
     assert!(!settle(&pair, &vm, &cut, result).await);
 
     let orphaned = migration();
-    slow(&pair, &vm, &orphaned, &address).await;
+    slow(&pair, &vm, &orphaned, &address, 4).await;
     pair.source.replace_agent().await;
     assert_eq!(pair.source.state(&vm.id), Some(VmState::Running));
     let lost = Err(Problem::new(ProblemCode::Unreachable, "the agent died"));
     assert!(!settle(&pair, &vm, &orphaned, lost).await);
     pair.move_vm(&vm, false).await.expect("and in the end it moves");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_ran_on_a_target_that_died_belongs_there_and_is_never_thrown_away() {
+    let mut pair = Pair::with_own_pools().await;
+    for agent_dies in [false, true] {
+        let vm = pair.source.running_vm(128).await;
+        let migration = migration();
+        let task = slow(&pair, &vm, &migration, &pair.target_address.to_string(), 12).await;
+        let observed = pair.target.root().join("run").join(vm.id.as_str()).join("observe.sock");
+        let qmp = Qmp::connect(observed).await.expect("monitor");
+        let process = pair.target.pid(&vm.id).expect("a process that waits");
+        let mut events = qmp.events();
+        events.wait_for(|kind| *kind == EventKind::Resume).await.expect("it runs");
+        host::kill(process);
+        if agent_dies {
+            pair.target.replace_agent().await;
+        }
+        let given_away = pair.source.wait(&task).await.expect("given away");
+        assert!(matches!(given_away, TaskOutput::Moved { .. } | TaskOutput::HandedOver { .. }));
+        // What a manager says that was told nothing: the first is refused if the target has seen to it by itself.
+        let taken = TaskSpec::TakeOver { migration: migration.clone() };
+        println!("agent dies: {agent_dies}: {given_away:?}, {:?}", pair.target.task(&vm.id, taken).await);
+        let refused = TaskSpec::RefuseMigration { migration, shared_pool: false };
+        println!("{:?}", pair.target.task(&vm.id, refused).await);
+        pair.target.until_stopped(&vm.id).await;
+        let report = pair.target.agent.services().board.vm(&vm.id).expect("it is the target's");
+        assert_eq!(report.migration, None);
+        assert_ne!(pair.source.state(&vm.id), Some(VmState::Running));
+        let started = TaskSpec::StartVm { definition: vm.boxed() };
+        pair.target.task(&vm.id, started).await.expect("it boots from its disk");
+    }
 }
 
 /// Not a test but a measurement: `cargo nextest run -p berth-agent --test migration --run-ignored only --no-capture`.

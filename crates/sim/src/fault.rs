@@ -15,6 +15,8 @@ pub enum Fault {
     },
     /// It ends instead of obeying a command.
     DieAt(Moment),
+    /// It obeys a command and ends before it can answer, with what its guest did meanwhile on the disk.
+    DieAfter(Moment),
     /// It refuses a command.
     Refuse {
         /// Which.
@@ -85,6 +87,7 @@ impl Moment {
 #[derive(Debug, Clone)]
 pub(crate) enum Misdeed {
     Die,
+    DieAfter,
     Refuse(String),
     Hang,
     Wait(Gate),
@@ -114,7 +117,11 @@ impl Faults {
             .position(|(whose, fault)| whose == vm && matches!(fault, Fault::DieAtStart { .. }))?;
         match planned.remove(at).1 {
             Fault::DieAtStart { words } => Some(words),
-            Fault::DieAt(_) | Fault::Refuse { .. } | Fault::Hang(_) | Fault::Wait(..) => None,
+            Fault::DieAt(_)
+            | Fault::DieAfter(_)
+            | Fault::Refuse { .. }
+            | Fault::Hang(_)
+            | Fault::Wait(..) => None,
         }
     }
 
@@ -125,6 +132,7 @@ impl Faults {
                 && match fault {
                     Fault::DieAtStart { .. } => false,
                     Fault::DieAt(moment)
+                    | Fault::DieAfter(moment)
                     | Fault::Refuse { moment, .. }
                     | Fault::Hang(moment)
                     | Fault::Wait(moment, _) => moment.comes(command),
@@ -133,6 +141,7 @@ impl Faults {
         match planned.remove(at).1 {
             Fault::DieAtStart { .. } => None,
             Fault::DieAt(_) => Some(Misdeed::Die),
+            Fault::DieAfter(_) => Some(Misdeed::DieAfter),
             Fault::Refuse { words, .. } => Some(Misdeed::Refuse(words)),
             Fault::Hang(_) => Some(Misdeed::Hang),
             Fault::Wait(_, gate) => Some(Misdeed::Wait(gate)),

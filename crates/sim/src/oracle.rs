@@ -59,6 +59,8 @@ struct Vm {
     running: BTreeMap<ProcessName, ()>,
     /// The memory of the guest that stood still last.
     latest: Option<Memory>,
+    /// Who has run the guest since, and may have written to its disk: that memory is then of the past.
+    ran_since: Option<ProcessName>,
     layers: BTreeMap<LayerId, Memory>,
     doings: VecDeque<String>,
 }
@@ -104,10 +106,14 @@ impl Oracle {
                     {
                         wrongs.push(format!("{process} goes on at {memory}, but the guest was at {latest}"));
                     }
+                    if let Some(other) = &vm.ran_since {
+                        wrongs.push(format!("{process} goes on at {memory}, but {other} has run since"));
+                    }
                 }
             }
             vm.check_disk(process, origin, found, wrongs);
             vm.running.insert(process.clone(), ());
+            vm.ran_since = Some(process.clone());
         });
     }
 
@@ -117,6 +123,7 @@ impl Oracle {
             vm.remember(format!("{process} holds its guest at {memory}"));
             vm.running.remove(process);
             vm.latest = Some(memory);
+            vm.ran_since = None;
         });
     }
 
@@ -284,6 +291,14 @@ mod tests {
             oracle.resumes(&vm, &named(2), memory(at), Origin::Before, &found(&layer, disk));
             assert!(oracle.verdict().is_err(), "memory {at}, disk {disk}");
         }
+        let oracle = Oracle::default();
+        oracle.wrote(&vm, &layer, memory(5));
+        oracle.stands(&vm, &named(1), memory(5));
+        oracle.resumes(&vm, &named(2), memory(5), Origin::Before, &found(&layer, 5));
+        oracle.ended(&vm, &named(2), "killed");
+        oracle.resumes(&vm, &named(1), memory(5), Origin::Before, &found(&layer, 5));
+        let wrong = oracle.verdict().expect_err("what it did meanwhile is forgotten");
+        assert!(wrong.contains("host-2#2 has run since"), "{wrong}");
         let oracle = Oracle::default();
         oracle.wrote(&vm, &layer, memory(5));
         oracle.resumes(&vm, &named(2), memory(4), Origin::Image, &found(&layer, 5));

@@ -230,10 +230,11 @@ impl Story {
     fn break_something(&self, vms: &[VmId]) {
         let vm = self.chance.pick(vms);
         let moment = Moment::nth_command(1 + self.chance.below(12));
-        let fault = match self.chance.below(4) {
+        let fault = match self.chance.below(5) {
             0 => Fault::DieAtStart { words: "no such luck".to_owned() },
             1 => Fault::Hang(moment),
             2 => Fault::DieAt(moment),
+            3 => Fault::DieAfter(moment),
             _ => Fault::Refuse { moment, words: "not now".to_owned() },
         };
         self.note(&format!("{vm} will meet {fault:?}"));

@@ -81,8 +81,9 @@ async fn heal(cluster: &SimCluster) {
     cluster.start_agent(TARGET).await;
 }
 
-async fn scene(victim: Victim, (command, nth): (&str, u64), shared_pool: bool) -> Result<(), String> {
-    let cluster = SimCluster::with(Plan { shared_pool, ..Plan::new(2, nth) }).await;
+/// A VM on the first of two hosts, which nobody is doing anything with.
+async fn stage(seed: u64, shared_pool: bool) -> Result<(SimCluster, VmId), String> {
+    let cluster = SimCluster::with(Plan { shared_pool, ..Plan::new(2, seed) }).await;
     let wish = VmWish { name: "books".into(), host: Some("host-1".into()), stopped: false };
     let vm = cluster.create_vm(&wish).await.map_err(|error| format!("not made: {error}"))?;
     settled::wait(&cluster, SETTLE).await?;
@@ -90,6 +91,11 @@ async fn scene(victim: Victim, (command, nth): (&str, u64), shared_pool: bool) -
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     settled::wait(&cluster, SETTLE).await?;
+    Ok((cluster, vm))
+}
+
+async fn scene(victim: Victim, (command, nth): (&str, u64), shared_pool: bool) -> Result<(), String> {
+    let (cluster, vm) = stage(nth, shared_pool).await?;
     let gate = Gate::default();
     let moment = Moment { command: Some(command.to_owned()), nth };
     cluster.world().faults.plan(&vm, Fault::Wait(moment, gate.clone()));
@@ -126,11 +132,71 @@ async fn scene(victim: Victim, (command, nth): (&str, u64), shared_pool: bool) -
     Ok(())
 }
 
-fn in_every_phase(victim: Victim) {
+/// The target's QEMU dies at the command that lets the guest run, or after it, and perhaps its agent too before it can
+/// write that down. Gives where the VM is in the end, and how.
+async fn dies_about_the_switch(
+    faults: &[Fault],
+    agent_dies: bool,
+    shared_pool: bool,
+) -> Result<(String, VmState), String> {
+    let (cluster, vm) = stage(7, shared_pool).await?;
+    faults.iter().for_each(|fault| cluster.world().faults.plan(&vm, fault.clone()));
+    let client = cluster.client();
+    let begun =
+        Act::Migrate(Some("host-2".into())).begin(&client, &vm).await.map_err(|error| error.to_string())?;
+    if agent_dies {
+        let deadline = tokio::time::Instant::now() + DEADLINE;
+        while !cluster.world().oracle.story(&vm).contains(" at cont\n")
+            && !cluster.world().oracle.story(&vm).contains(" after cont\n")
+        {
+            if tokio::time::Instant::now() > deadline {
+                return Err("the migration never came to the switch".to_owned());
+            }
+            tokio::time::sleep(Duration::from_micros(100)).await;
+        }
+        cluster.kill_agent(TARGET).await;
+        tokio::time::sleep(GONE).await;
+        cluster.start_agent(TARGET).await;
+    }
+    // How it ends is free; that it does is not.
+    let _ = done(&client, begun).await;
+    settled::wait(&cluster, SETTLE).await?;
+    let now = show(&client, &vm).await.map_err(|error| error.to_string())?;
+    let hosts = cluster.host_records().await.map_err(|error| error.to_string())?;
+    let host = hosts.iter().find(|host| Some(&host.id) == now.status.host.as_ref());
+    let found = (host.map(|host| host.name.to_string()).unwrap_or_default(), now.status.state);
+    let acts = if found.1 == VmState::Stopped { &[Act::Start][..] } else { &[] };
+    for act in acts.iter().chain(&[Act::Migrate(None), Act::Restore(None), Act::Delete]) {
+        let ended = match act.begin(&client, &vm).await {
+            Ok(begun) => done(&client, begun).await.map(drop),
+            Err(error) => Err(error),
+        };
+        ended.map_err(|error| {
+            format!("afterwards not {act:?}: {error}\n{}", cluster.world().oracle.story(&vm))
+        })?;
+    }
+    settled::wait(&cluster, SETTLE).await?;
+    cluster.shut_down().await;
+    Ok(found)
+}
+
+fn about_the_switch(faults: &[Fault], agent_dies: bool, expected: (&str, VmState)) {
+    let runtime = runtime();
+    for shared_pool in [true, false] {
+        let found = runtime.block_on(dies_about_the_switch(faults, agent_dies, shared_pool));
+        let found = found.unwrap_or_else(|wrong| panic!("shared pool {shared_pool}: {wrong}"));
+        assert_eq!((found.0.as_str(), found.1), expected, "shared pool {shared_pool}");
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime")
+}
+
+fn in_every_phase(victim: Victim) {
+    let runtime = runtime();
     let mut wrong = Vec::new();
     for (index, phase) in PHASES.into_iter().enumerate() {
         let shared_pool = index % 2 == 1;
@@ -139,6 +205,29 @@ fn in_every_phase(victim: Victim) {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+#[test]
+fn a_guest_that_ran_on_a_target_that_died_stays_there_and_never_goes_on_at_the_source() {
+    about_the_switch(&[Fault::DieAfter(Moment::next("cont"))], false, ("host-2", VmState::Stopped));
+}
+
+#[test]
+fn a_guest_that_ran_on_a_target_that_died_with_its_agent_stays_there() {
+    about_the_switch(&[Fault::DieAfter(Moment::next("cont"))], true, ("host-2", VmState::Stopped));
+}
+
+#[test]
+fn a_guest_of_which_nobody_can_say_whether_it_ran_on_the_target_stays_there() {
+    about_the_switch(&[Fault::DieAt(Moment::next("cont"))], false, ("host-2", VmState::Stopped));
+    about_the_switch(&[Fault::DieAt(Moment::next("cont"))], true, ("host-2", VmState::Stopped));
+}
+
+#[test]
+fn a_guest_that_the_target_refuses_to_run_goes_on_at_the_source() {
+    let refusal = Fault::Refuse { moment: Moment::next("cont"), words: "the disk is locked".into() };
+    about_the_switch(std::slice::from_ref(&refusal), false, ("host-2", VmState::Running));
+    about_the_switch(&[refusal.clone(), refusal], false, ("host-1", VmState::Running));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::convergence::PauseBudget;
 use super::journey::Journey;
 use super::link::{self, Link, Messages, NoFiles};
-use super::marker::{self, Marker};
+use super::marker::{self, Deed, Marker};
 use super::outgoing::{Outgoing, Sending, settle};
 use super::storage::copying::copy_unchanging;
 use super::storage::sending::Top;
@@ -129,7 +129,7 @@ async fn run(
     }
     let mut top = launch_target(vm, order, &mut link).await?;
     let state = vm.dirs()?.state.clone();
-    let marker = blocking(move || Ok(Marker::prepare(&state)?)).await?;
+    let marker = blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await?;
     let mut outgoing = start_sending(vm, order, &mut link).await?;
     let writable = vm.dirs()?.layer(&top_of(vm)?);
     let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut(), &writable).await;
@@ -322,7 +322,7 @@ async fn hand_over(
     if let Err(problem) = blocking(move || Ok(marker.set()?)).await {
         // It may be on the disk all the same: it must be off it before the guest may run here.
         let state = vm.dirs()?.state.clone();
-        blocking(move || Ok(marker::remove(&state)?)).await?;
+        blocking(move || Ok(marker::remove(&state, Deed::GivenAway)?)).await?;
         return Err(problem);
     }
     let told = async {
@@ -369,9 +369,9 @@ async fn stay(vm: &mut VmRuntime) -> Result<(), Problem> {
     let state = vm.dirs()?.state.clone();
     let given_away = blocking(move || {
         // One that can't be taken off the disk forbids to run what the target might be told to run.
-        let given_away = marker::is_set(&state)?;
+        let given_away = marker::was_given_away(&state)?;
         if !given_away {
-            marker::remove(&state)?;
+            marker::remove(&state, Deed::GivenAway)?;
         }
         Ok(given_away)
     })

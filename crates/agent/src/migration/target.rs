@@ -2,7 +2,8 @@
 //!
 //! **What is left behind.** Whatever fails before everything is loaded: nothing, neither process nor file. After it, the
 //! loaded process stays, guest not running and disks untouched, and does nothing until the source says `Commit` or the
-//! manager decides, for the source may have given the VM away with a word that was lost.
+//! manager decides, for the source may have given the VM away with a word that was lost. Once the guest was told to run,
+//! the VM is this host's, whatever becomes of its process ([`arrival`]).
 
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use berth_qmp::commands::AnnounceSelf;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+use super::arrival::{self, NotRunning};
 use super::incoming::{Incoming, lift_limits};
 use super::link::{self, Link, Sender};
+use super::marker::{Mark, Marker};
 use super::storage::receiving::Files;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::{self, blocking};
@@ -65,6 +68,12 @@ impl Admission {
 pub async fn receive(vm: &mut VmRuntime, receive: Receive) -> Result<(), Problem> {
     let Receive { migration, peer, connection, decided } = receive;
     let admission = admitted(vm, &migration, &peer)?;
+    match arrival::mark(vm).await? {
+        Mark::Clear => {}
+        // The source has the VM, since it sends it: what came before the machine went down never ran.
+        Mark::Lost => arrival::remove(vm, admission.shared_pool).await?,
+        Mark::Set => return Err(received_before(vm, &migration)),
+    }
     let files = Files::start(vm.dirs()?.clone(), vm.services().user_id(admission.definition.number));
     let mut link = Link::open(link::tuned(connection), files.clone());
     let result = run(vm, &admission, &mut link, &files, &decided).await;
@@ -78,10 +87,12 @@ pub async fn receive(vm: &mut VmRuntime, receive: Receive) -> Result<(), Problem
         }
         Err(Failure { problem, loaded: false }) => {
             // If the connection is what broke, the source knows.
+            let (host, pool) = (&vm.services().config.name, admission.definition.spec.pool.as_str());
+            let problem = problem.of_host(host.as_str(), Some(pool));
             let _ = link.sender.say(&FromTarget::Failed { problem: problem.clone() }).await;
             link.sender.close().await;
             drop((link, files));
-            super::remove_arrival(vm, admission.shared_pool).await?;
+            arrival::remove(vm, admission.shared_pool).await?;
             Err(problem)
         }
     }
@@ -112,6 +123,7 @@ async fn run(
     }
     let chain = take_files(link, files, decided).await?;
     let mut incoming = start_process(vm, admission, chain, link, files).await?;
+    let marker = arrival::prepare(vm).await?;
     link.sender.say(&FromTarget::Waiting).await?;
     load(&mut incoming, admission.shared_pool, link, files, decided).await?;
     link.sender.say(&FromTarget::Loaded).await?;
@@ -122,21 +134,43 @@ async fn run(
         FromSource::Failed { problem } => return Err(problem.into()),
         other => return Err(after_load(unexpected(&other, "a commit"))),
     }
-    let running = incoming.run().await.map_err(|error| after_load(error.into()))?;
-    // The guest runs: whether the source still hears of it changes nothing.
-    let _ = link.sender.say(&FromTarget::Running { at_us: running.epoch_us() }).await;
-    settle_in(vm).await.map_err(after_load)
+    commit(vm, marker, &mut incoming, link).await.map_err(after_load)
 }
 
-/// The guest runs here: the migration is over, and the network is told where it is.
+/// Lets the guest run: the VM is this host's from then on.
+async fn commit(
+    vm: &mut VmRuntime,
+    marker: Marker,
+    incoming: &mut Incoming,
+    link: &Link<FromSource>,
+) -> Result<(), Problem> {
+    // Whether the source still hears of it changes nothing.
+    match arrival::let_run(marker, incoming.run()).await {
+        Ok(running) => {
+            let _ = link.sender.say(&FromTarget::Running { at_us: running.epoch_us() }).await;
+        }
+        Err(NotRunning::Never(problem)) => return Err(problem),
+        Err(NotRunning::Perhaps(problem)) => {
+            tracing::error!(vm = %vm.id(), %problem, "it was told to run, and did not say that it does");
+            let _ = link.sender.say(&FromTarget::Failed { problem }).await;
+            vm.status().process_rests();
+        }
+    }
+    settle_in(vm).await
+}
+
+/// The VM is this host's: the migration is over, and the network is told where it is.
 pub async fn settle_in(vm: &mut VmRuntime) -> Result<(), Problem> {
     let announce = AnnounceSelf { initial_ms: 20, max_ms: 500, rounds: 4, step_ms: 100 };
-    if let Err(error) = vm.qmp()?.call(announce).await {
+    if let Ok(qmp) = vm.qmp()
+        && let Err(error) = qmp.call(announce).await
+    {
         tracing::warn!(vm = %vm.id(), %error, "the network is not told where the guest is");
     }
     vm.set_migration(None).await?;
     let admission = vm.dirs()?.state.join("admission.json");
-    blocking(move || Ok(durable::remove_file(&admission)?)).await
+    blocking(move || Ok(durable::remove_file(&admission)?)).await?;
+    arrival::forget(vm).await
 }
 
 fn admitted(vm: &VmRuntime, migration: &OperationId, peer: &HostId) -> Result<Admission, Problem> {
@@ -153,12 +187,17 @@ fn admitted(vm: &VmRuntime, migration: &OperationId, peer: &HostId) -> Result<Ad
     }
     match &vm.host_record()?.migration {
         Some(MigrationSide::Target { loaded: false, migration: of }) if of == migration => {}
-        _ => return Err(refused(format!("{} has been received in migration {migration} before", vm.id()))),
+        _ => return Err(received_before(vm, migration)),
     }
     if vm.process().is_some() {
         return Err(vm.wrong_state("a VM without a process"));
     }
     Ok(admission)
+}
+
+fn received_before(vm: &VmRuntime, migration: &OperationId) -> Problem {
+    let message = format!("{} has been received in migration {migration} before", vm.id());
+    Problem::new(ProblemCode::WrongState, message)
 }
 
 /// Both sides must speak of the same thing.

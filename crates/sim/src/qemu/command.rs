@@ -43,6 +43,18 @@ pub(super) fn obey(shared: &Arc<Shared>, line: &[u8], descriptors: &mut Vec<Owne
             shared.oracle().note(shared.vm(), format!("{} dies at {name}", shared.start.process));
             return shared.end(ended_by_signal(11));
         }
+        Some(Misdeed::DieAfter) => {
+            // Whether it was done nobody hears.
+            let _ = execute(shared, &mut machine, &name, &command["arguments"], descriptors);
+            shared.oracle().note(shared.vm(), format!("{} dies after {name}", shared.start.process));
+            machine.monitor = None;
+            if machine.guest.runs() {
+                let memory = machine.guest.memory();
+                shared.flush(&machine, memory);
+            }
+            drop(machine);
+            return shared.end(ended_by_signal(11));
+        }
     };
     answer(&machine, &command, outcome);
     if name == "quit" {
