@@ -106,8 +106,7 @@ impl Sender {
     pub fn send_stream(&self, from: OwnedReadHalf) -> JoinHandle<()> {
         let sender = self.clone();
         tokio::spawn(async move {
-            let sent = sender.pump(from, false).await;
-            if sent.is_ok() {
+            if sender.pump(from, false).await.is_ok() {
                 // If the connection is lost, its reader says so.
                 let _ = sender.writer.lock().await.stream_end().await;
             }
@@ -123,21 +122,27 @@ impl Sender {
         })
     }
 
+    /// Carries what QEMU writes until it closes its socket. With the connection lost it is still read, to be thrown
+    /// away: see [`Reader::run`].
     async fn pump(&self, mut from: OwnedReadHalf, answers: bool) -> Result<(), WireError> {
         let mut buffer = vec![0; STREAM_FRAME_BYTES_MAX];
+        let mut carried = Ok(());
         loop {
             // A socket that QEMU has left behind ends the stream either way.
             let read = from.read(&mut buffer).await.unwrap_or(0);
             if read == 0 {
-                return Ok(());
+                return carried;
+            }
+            if carried.is_err() {
+                continue;
             }
             self.stream_bytes.fetch_add(read as u64, Ordering::Relaxed);
             let mut writer = self.writer.lock().await;
-            if answers {
-                writer.answer(&buffer[..read]).await?;
+            carried = if answers {
+                writer.answer(&buffer[..read]).await
             } else {
-                writer.stream(&buffer[..read]).await?;
-            }
+                writer.stream(&buffer[..read]).await
+            };
         }
     }
 }
@@ -255,12 +260,16 @@ struct Reader<M, F> {
 }
 
 impl<M: DeserializeOwned, F: FileTaker> Reader<M, F> {
+    /// Reads until the connection is over, and then keeps QEMU's socket until whoever listens lets go of it. A QEMU
+    /// whose stream breaks while it sends the last part gives up by itself, and versions before 8.1 then let the guest
+    /// go on without having taken its disks back, which kills it sooner or later. One that is told to give up takes
+    /// them back.
     async fn run(mut self) {
         loop {
             if let Err(error) = self.step().await {
                 // Nobody may listen any more.
                 let _ = self.messages.send(Err(error)).await;
-                return;
+                return self.messages.closed().await;
             }
         }
     }

@@ -38,6 +38,11 @@ const THROTTLE_AT_ONCE_PERCENT: u32 = 1;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a guest may take to run again after a failure.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a QEMU that gives up is looked at, if it says nothing.
+const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How many looks find a QEMU giving up before it is taken to wait for something. The guest stands still meanwhile; it
+/// is done in a millisecond or two otherwise.
+const LOOKS_AT_CANCELLING: u32 = 4;
 
 /// Why sending did not work.
 #[derive(Debug, thiserror::Error)]
@@ -198,7 +203,7 @@ impl Outgoing {
     /// # Errors
     /// When it comes to nothing: the caller must then [`Self::abandon`] it.
     pub async fn finish(&mut self) -> Result<(), OutgoingError> {
-        self.qmp.call(MigrateContinue { state: MigrationStatus::PreSwitchover }).await?;
+        self.go_on().await?;
         let finish_timeout = self.finish_timeout;
         let finished = async {
             loop {
@@ -212,6 +217,19 @@ impl Outgoing {
             }
         };
         tokio::time::timeout(finish_timeout, finished).await.unwrap_or(Err(OutgoingError::Stuck))
+    }
+
+    /// The word for which QEMU waits with the last part. One that has kept a word from a migration before, which was
+    /// given up just then, does not wait: that is no harm here, for nothing is done in this time.
+    async fn go_on(&self) -> Result<(), OutgoingError> {
+        match self.qmp.call(MigrateContinue { state: MigrationStatus::PreSwitchover }).await {
+            Ok(_) => Ok(()),
+            Err(error @ QmpError::Command { .. }) => match self.qmp.call(QueryMigrate {}).await?.status {
+                MigrationStatus::Device | MigrationStatus::Completed => Ok(()),
+                _ => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// As [`Self::finish`], for a reader that hangs up at the end instead of answering: QEMU then calls it a failure and
@@ -358,6 +376,7 @@ pub async fn set_capabilities(qmp: &Qmp, wanted: &[&str]) -> Result<(), QmpError
 pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
     let mut events = qmp.events();
     let deadline = Instant::now() + SETTLE_TIMEOUT;
+    let mut cancelling = 0;
     loop {
         let status = qmp.call(QueryMigrate {}).await?.status;
         match status {
@@ -368,13 +387,23 @@ pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
             | MigrationStatus::WaitUnplug => {
                 qmp.call(MigrateCancel {}).await?;
             }
-            MigrationStatus::Cancelling => {}
+            MigrationStatus::Cancelling => {
+                cancelling += 1;
+                if cancelling == LOOKS_AT_CANCELLING {
+                    // A QEMU that is told to give up between its stopping the guest and its waiting for our word waits
+                    // for that word all the same. One that does not wait keeps it: see `Outgoing::go_on`.
+                    tracing::warn!(
+                        "QEMU does not give up a migration, and gets the word that it may wait for"
+                    );
+                    let _ = qmp.call(MigrateContinue { state: MigrationStatus::Cancelling }).await;
+                }
+            }
             _ => break,
         }
         // `cancelled`, `failed` or `completed`: each says so by an event. The look every so often is for a QEMU whose
         // event came before we listened.
         let over = events.wait_for(|kind| matches!(kind, EventKind::Migration(_)));
-        let _ = tokio::time::timeout(Duration::from_millis(100), over).await;
+        let _ = tokio::time::timeout(SETTLE_LOOK_EVERY, over).await;
         if Instant::now() > deadline {
             return Err(OutgoingError::Stuck);
         }
@@ -383,14 +412,16 @@ pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
         return Ok(());
     }
     loop {
-        if qmp.call(QueryStatus {}).await?.running {
-            return Ok(());
-        }
         // QEMU lets the guest run by itself after a failure, a moment after it says so; asking for it as well is no harm.
-        match qmp.call(Cont {}).await {
-            Ok(_) => {}
+        // And it must be asked once even then: versions before 8.1 that failed in the last part have let the disks go
+        // and do not take them back before they let the guest run, but do when they are asked to.
+        let asked = qmp.call(Cont {}).await;
+        let runs = qmp.call(QueryStatus {}).await?.running;
+        match asked {
+            Ok(_) if runs => return Ok(()),
             Err(error) if Instant::now() > deadline || error.is_connection_lost() => return Err(error.into()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Ok(_) if Instant::now() > deadline => return Err(OutgoingError::Stuck),
+            Ok(_) | Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
 }
