@@ -1,10 +1,14 @@
 //! The demo's story as a test: made, worked, snapshotted, moved, broken, restored; every page and file right.
 
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use berth_e2e::Console;
 use berth_e2e::testing::{Pool, guest_in, up};
+use berth_e2e::{Cluster, Console};
 use guest_probe::memory::{Rewrite, Settings};
 
 const WORK: Settings = Settings { memory_mib: 64, rate_mib_s: 5, hot_mib: 0, rewrite: Rewrite::Whole };
@@ -53,6 +57,51 @@ fn story(pool: Pool) -> Result<()> {
     cluster.down()?;
     ensure!(!dir.exists(), "{} is left", dir.display());
     Ok(())
+}
+
+/// The file of the newest layer that only this snapshot has.
+fn newest_layer_of(cluster: &Cluster, snapshot: &str) -> Result<PathBuf> {
+    let list = cluster.berth.run(&["snapshot", "list", "books"])?;
+    let items = list.as_array().or_else(|| list["items"].as_array()).context("a list")?;
+    let found = items.iter().find(|item| item["name"] == snapshot).context("the snapshot")?;
+    let layer = found["facts"]["layers"].as_array().and_then(|layers| layers.last()?.as_str());
+    let vm = found["vm"].as_str().context("its VM")?;
+    let file = format!("pools/shared/vms/{vm}/layers/{}.qcow2", layer.context("its layers")?);
+    Ok(cluster.dir().join(file))
+}
+
+#[test]
+fn a_restore_that_fails_leaves_the_vm_running_as_it_was() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cluster = up(folder.path(), 1)?;
+    let guest = guest_in(&cluster, "books", Pool::Shared)?;
+    let nonce = guest.probe.tick()?.nonce;
+    guest.probe.write(5)?;
+    cluster.berth.run(&["snapshot", "create", "books", "--name", "harmed"])?;
+    let harmed = newest_layer_of(&cluster, "harmed")?;
+    cluster.berth.run(&["snapshot", "restore", "books", "baseline"])?;
+    let guest = cluster.guest("books")?;
+    guest.probe.write(7)?;
+    let disk_before = cluster.vm("books")?["status"]["at_snapshot"].clone();
+
+    // Only QEMU finds this, when the process that was there has been killed already.
+    let frozen = std::fs::metadata(&harmed)?.permissions();
+    std::fs::set_permissions(&harmed, Permissions::from_mode(0o600))?;
+    OpenOptions::new().write(true).open(&harmed)?.write_all(&[0; 4096])?;
+    std::fs::set_permissions(&harmed, frozen)?;
+    let refusal = cluster.berth.refuses(&["snapshot", "restore", "books", "harmed"])?;
+    ensure!(refusal.code() == "hypervisor", "{}", refusal.text);
+
+    ensure!(cluster.vm("books")?["status"]["state"] == "running", "{:#}", cluster.vm("books")?);
+    let seen = cluster.guest("books")?.verify()?;
+    ensure!(seen.tick.nonce == nonce && seen.files == 7, "not the guest that was there: {seen:?}");
+    ensure!(cluster.vm("books")?["status"]["at_snapshot"] == disk_before, "it says that it is elsewhere");
+    ensure!(cluster.qemus_of("books")?.len() == 1, "a VM has one process");
+    // And it is well: it can be taken, put back and moved on.
+    cluster.berth.run(&["snapshot", "create", "books", "--name", "after"])?;
+    cluster.berth.run(&["snapshot", "restore", "books", "after"])?;
+    ensure!(cluster.guest("books")?.verify()?.files == 7, "files were lost");
+    cluster.down()
 }
 
 #[test]
