@@ -137,6 +137,26 @@ impl Problem {
         }
     }
 
+    /// What a host's agent met, in the words of the request: which pool is full, whose QEMU failed. Who asked for a
+    /// VM named neither the path nor the process that the agent speaks of. One that names its field is left as it is.
+    #[must_use]
+    pub fn of_host(self, host: &str, pool: Option<&str>) -> Self {
+        if self.field.is_some() {
+            return self;
+        }
+        match (self.code, pool) {
+            (ProblemCode::NoSpace, Some(pool)) => {
+                let message = format!("pool {pool} of host {host} is full: {}", self.message);
+                Self { message, ..self }.at("pool", pool, format!("room left in it on host {host}"))
+            }
+            (ProblemCode::Hypervisor, _) => {
+                let message = format!("on host {host}, {}", self.message);
+                Self { message, ..self }.at("host", host, "a host whose QEMU does what it is asked to")
+            }
+            _ => self,
+        }
+    }
+
     /// The same with the field, value and expectation filled in, whatever the code.
     #[must_use]
     pub fn at(mut self, field: impl Into<String>, value: impl ToString, expected: impl Into<String>) -> Self {
@@ -167,6 +187,18 @@ mod tests {
     fn a_field_problem_names_field_value_and_expectation() {
         let problem = Problem::field("memory_mib", 0, "at least 64");
         assert_eq!(problem.message, "memory_mib is '0': expected at least 64");
+    }
+
+    #[test]
+    fn a_hosts_trouble_names_the_host_once() {
+        let full = Problem::new(ProblemCode::NoSpace, "/srv/x can't be written").of_host("h2", Some("local"));
+        assert_eq!(full.message, "pool local of host h2 is full: /srv/x can't be written");
+        assert_eq!((full.field.as_deref(), full.value.as_deref()), (Some("pool"), Some("local")));
+        assert_eq!(full.clone().of_host("h1", Some("other")), full, "the first who tells knows best");
+        let dead = Problem::new(ProblemCode::Hypervisor, "QEMU ended").of_host("h2", None);
+        assert_eq!((dead.message.as_str(), dead.value.as_deref()), ("on host h2, QEMU ended", Some("h2")));
+        let other = Problem::new(ProblemCode::Guest, "it is silent");
+        assert_eq!(other.clone().of_host("h2", Some("local")), other);
     }
 
     #[test]

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use berth_api::ClientError;
 use berth_api::agent::{
-    PutTask, Task, TaskCancel, TaskOutput, TaskPath, TaskPut, TaskQuery, TaskShow, TaskState,
+    PutTask, Task, TaskCancel, TaskOutput, TaskPath, TaskPut, TaskQuery, TaskShow, TaskSpec, TaskState,
 };
 use berth_api::endpoint::Nothing;
 use berth_api::transport::BoxFuture;
 use berth_model::host::Host;
+use berth_model::name::Name;
 use berth_model::operation::Progress;
+use berth_model::vm::Vm;
 use berth_model::{HostId, Problem, ProblemCode};
 use tokio::time::Instant;
 
@@ -113,7 +115,7 @@ impl Drive<'_> {
                     match task.state {
                         TaskState::Running { progress } => self.listener.progress(progress),
                         TaskState::Succeeded { output } => return Ok(output),
-                        TaskState::Failed { problem } => return Err(DriveError::Failed(problem)),
+                        TaskState::Failed { problem } => return Err(self.failed(problem, &host)),
                     }
                 }
                 // Cancelled while asking: the next question is the cancel.
@@ -130,11 +132,24 @@ impl Drive<'_> {
                         course.cancel_sent = false;
                         continue;
                     }
-                    return Err(DriveError::Failed(*problem));
+                    return Err(self.failed(*problem, &host));
                 }
                 Err(error) => self.silence(&host, &mut course, error).await?,
             }
         }
+    }
+
+    fn failed(&self, problem: Problem, host: &Host) -> DriveError {
+        let pool = match &self.put.spec {
+            TaskSpec::FetchImage { pool, .. } | TaskSpec::DeleteImage { pool, .. } => Some(pool.clone()),
+            TaskSpec::PrepareVm { definition } => Some(definition.spec.pool.clone()),
+            _ => None,
+        };
+        let pool = pool.or_else(|| {
+            let vm = self.put.vm.as_ref()?;
+            Some(self.cluster.records.get::<Vm>(vm.as_str())?.spec.pool.clone())
+        });
+        DriveError::Failed(problem.of_host(host.name.as_str(), pool.as_ref().map(Name::as_str)))
     }
 
     /// One question, whichever is next; none when it was cancelled meanwhile.

@@ -222,9 +222,22 @@ async fn upload(call: Call<ImagePartUpload, ThePartsImage>) -> Result<Answer<Ima
     let stored = agent
         .upload::<PoolImageUpload>(&path, &query, body, part.size_bytes)
         .await
-        .map_err(berth_api::ClientError::into_problem)?;
+        .map_err(|error| refused_part(error.into_problem(), part, &upload.pool, &host))?;
     let row = arrived(cluster, &image.value.id, role, &stored, &pool).await?;
     Ok(Answer::new(row.value.clone()).at(row.revision))
+}
+
+/// What an agent that can't take a part says of it, with the field that it is about.
+fn refused_part(problem: Problem, part: &ImagePart, pool: &Name, host: &Host) -> Problem {
+    let told = problem.of_host(host.name.as_str(), Some(pool.as_str()));
+    if told.code != ProblemCode::BadImage || told.field.is_some() {
+        return told;
+    }
+    let expected = match part.format {
+        PartFormat::Qcow2 => "a whole and undamaged qcow2 file that stands alone",
+        PartFormat::Raw => "the whole file",
+    };
+    told.at(part.role.as_str(), part.format.as_str(), expected)
 }
 
 fn streamed(body: axum::body::Body) -> transport::Body {
@@ -277,7 +290,8 @@ fn choose(
             part.role.as_str(),
             part.size_bytes
         );
-        return Err(Problem::new(ProblemCode::NoSpace, message));
+        let expected = format!("{} bytes free in it", part.size_bytes.saturating_add(POOL_RESERVE_BYTES));
+        return Err(Problem::new(ProblemCode::NoSpace, message).at("pool", &pool.name, expected));
     }
     Ok((host, pool))
 }

@@ -163,9 +163,11 @@ fn choose(
     if hosts.is_empty() {
         let message =
             format!("there is no host other than {} that {} could go to", source.name, vm.full_name());
-        return Err(Problem::new(ProblemCode::NoPlacement, message));
+        let problem = Problem::new(ProblemCode::NoPlacement, message);
+        return Err(problem.at("target", "any", "a host other than the VM's own"));
     }
-    let best = with_candidates(cluster, &hosts, |candidates| placement::place(&vm.spec, candidates))?;
+    let best = with_candidates(cluster, &hosts, |candidates| placement::place(&vm.spec, candidates))
+        .map_err(|problem| problem.at("target", "any", "a host that can take the VM"))?;
     cluster.records.require(best.as_str())
 }
 

@@ -36,7 +36,10 @@ pub(super) fn check(text: &str) -> Result<(), Problem> {
         Ok(serde_yaml_ng::Value::Mapping(_) | serde_yaml_ng::Value::Null) => Ok(()),
         Ok(_) => Err(Problem::field("user_data", first, EXPECTED)),
         Err(error) => {
-            let line = error.location().and_then(|place| text.lines().nth(place.line().saturating_sub(1)));
+            // What is never closed is noticed behind the end.
+            let last = || text.lines().rfind(|line| !line.trim().is_empty());
+            let line = error.location().map(|place| text.lines().nth(place.line().saturating_sub(1)));
+            let line = line.and_then(|line| line.or_else(last));
             Err(Problem::field("user_data", line.unwrap_or(first).trim(), format!("valid YAML ({error})")))
         }
     }

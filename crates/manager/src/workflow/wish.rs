@@ -69,7 +69,9 @@ pub(super) fn host(cluster: &Cluster, wish: &CreateVm, spec: &VmSpec) -> Result<
         Some(named) => vec![cluster.records.find_host(named)?],
         None => cluster.records.list::<Host>(),
     };
-    let chosen = with_candidates(cluster, &hosts, |candidates| placement::place(spec, candidates))?;
+    let named = wish.host.as_ref().and(hosts.first()).map_or("any", |host| host.name.as_str());
+    let chosen = with_candidates(cluster, &hosts, |candidates| placement::place(spec, candidates))
+        .map_err(|problem| problem.at("host", named, "a host that can take the VM"))?;
     let size_bytes = hosts
         .iter()
         .find(|host| host.value.id == chosen)
