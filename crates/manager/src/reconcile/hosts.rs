@@ -60,6 +60,8 @@ struct Watch {
     id: HostId,
     /// The report that was read last, to wait for a newer one.
     seen: Option<(String, u64)>,
+    /// The agent that was heard last: another one may have other pools and another QEMU.
+    incarnation: Option<String>,
     inventory: Option<Inventory>,
     inventory_due: Instant,
     silent_since: Option<Instant>,
@@ -69,7 +71,16 @@ struct Watch {
 impl Watch {
     fn new(cluster: Arc<Cluster>, id: HostId) -> Self {
         let inventory_due = Instant::now();
-        Self { cluster, id, seen: None, inventory: None, inventory_due, silent_since: None, missed: 0 }
+        Self {
+            cluster,
+            id,
+            seen: None,
+            incarnation: None,
+            inventory: None,
+            inventory_due,
+            silent_since: None,
+            missed: 0,
+        }
     }
 
     async fn run(mut self) {
@@ -85,22 +96,17 @@ impl Watch {
     /// One question, and what its answer means.
     async fn round(&mut self, host: &Host) -> Result<(), ClientError> {
         if Instant::now() >= self.inventory_due {
-            let agents = &self.cluster.agents;
-            let nothing = Nothing {};
-            let inventory =
-                agents.call::<InventoryShow>(host, &nothing, &nothing, &(), Duration::ZERO).await?;
-            self.inventory = Some(inventory);
-            self.inventory_due = Instant::now() + INVENTORY_EVERY;
-            self.answered(host).await;
+            self.take_stock(host).await?;
         }
         let asked = self.cluster.watchers.instant();
         let Some(report) = self.ask(host).await? else { return Ok(()) };
-        if self.silent_since.is_some() || host.state == HostState::Offline {
-            self.answered(host).await;
-        }
-        if self.seen.as_ref().is_some_and(|(incarnation, _)| *incarnation != report.incarnation) {
-            // Another agent, perhaps with another QEMU.
+        let before = self.incarnation.replace(report.incarnation.clone());
+        if before.is_some_and(|before| before != report.incarnation) {
+            // Before the host counts as back, so that nobody is told of what its former agent had.
             self.inventory_due = Instant::now();
+            self.take_stock(host).await?;
+        } else if self.silent_since.is_some() || host.state == HostState::Offline {
+            self.answered(host).await;
         }
         let seen = Some((report.incarnation.clone(), report.generation));
         // A wait that ended without news is not worth comparing with every VM.
@@ -109,6 +115,15 @@ impl Watch {
             reports::apply(&self.cluster, host, &report, asked).await;
         }
         debts::pay(&self.cluster, &self.id);
+        Ok(())
+    }
+
+    async fn take_stock(&mut self, host: &Host) -> Result<(), ClientError> {
+        let (agents, nothing) = (&self.cluster.agents, Nothing {});
+        let inventory = agents.call::<InventoryShow>(host, &nothing, &nothing, &(), Duration::ZERO).await?;
+        self.inventory = Some(inventory);
+        self.inventory_due = Instant::now() + INVENTORY_EVERY;
+        self.answered(host).await;
         Ok(())
     }
 

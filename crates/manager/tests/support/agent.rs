@@ -610,7 +610,7 @@ impl FakeAgent {
             }],
             network: NetworkMode::User,
             isolated_users: false,
-            agent_version: "0".to_owned(),
+            agent_version: self.lock().incarnation.to_string(),
         }
     }
 

@@ -163,6 +163,26 @@ async fn a_guest_that_is_not_ready_in_time_is_said_not_to_be() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_agent_that_was_restarted_is_asked_at_once_what_its_host_has() {
+    let world = World::new(Pools::Shared).await;
+    let cluster = world.manager_with_hosts().await;
+    let begun = tokio::time::Instant::now();
+    for (incarnation, cut) in [("2", false), ("3", true)] {
+        if cut {
+            world.agent(0).cut();
+        }
+        world.agent(0).restart();
+        until(&cluster, "the new agent's inventory", |cluster| {
+            let host = cluster.records.find_host("h1").expect("the host");
+            host.inventory.as_ref().is_some_and(|inventory| inventory.agent_version == incarnation)
+        })
+        .await;
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "only after {:?}", begun.elapsed());
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_baseline_that_can_not_be_taken_is_tried_again_later() {
     let world = World::new(Pools::Local).await;
     let cluster = world.manager_with_hosts().await;
@@ -171,7 +191,7 @@ async fn a_baseline_that_can_not_be_taken_is_tried_again_later() {
     world.agent(0).set_guests(GuestState::Ready);
     until(&cluster, "it is noted", |cluster| vm(cluster, &id).status.baseline_note.is_some()).await;
     let note = vm(&cluster, &id).status.baseline_note.expect("a note");
-    assert_eq!(note, "taking it failed: the pool is full");
+    assert_eq!(note, "taking it failed: pool default of host h1 is full: the pool is full");
     until(&cluster, "the baseline is there", |cluster| vm(cluster, &id).status.baseline.is_some()).await;
     let tries = Filter { kind: Some(OperationKind::SnapshotCreate), ..Filter::default() };
     assert_eq!(cluster.operations.list(&tries).len(), 2);
