@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use berth_api::ClientError;
 use berth_model::{OperationId, Problem, ProblemCode};
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
 use crate::output::{Format, Output, plain};
 
 /// The operation was begun and failed.
@@ -102,13 +104,11 @@ pub fn text(failure: &Failure, format: Format) -> Option<String> {
     if let (ProblemCode::Internal, Some(request)) = (problem.code, &problem.request_id) {
         let _ = write!(text, "\n  request {}", plain(request));
     }
-    let hint = match failure {
-        Failure::Operation { operation, .. } => Some(format!("see 'berth operation show {operation}'")),
-        Failure::Local(_) => None,
-        _ => hint(problem.code).map(str::to_owned),
-    };
-    if let Some(hint) = hint {
+    if let Some(hint) = hint(problem).filter(|_| !matches!(failure, Failure::Local(_))) {
         let _ = write!(text, "\n  {hint}");
+    }
+    if let Failure::Operation { operation, .. } = failure {
+        let _ = write!(text, "\n  see 'berth operation show {operation}'");
     }
     Some(text)
 }
@@ -125,8 +125,8 @@ fn detail(problem: &Problem) -> Option<String> {
 }
 
 /// What to do about it, where the message can't know.
-const fn hint(code: ProblemCode) -> Option<&'static str> {
-    match code {
+fn hint(problem: &Problem) -> Option<&'static str> {
+    match problem.code {
         ProblemCode::Unauthenticated => Some("log in with 'berth login', or set BERTH_TOKEN"),
         ProblemCode::NotAllowed => Some("'berth whoami' says who you are, 'berth can-i' what you may do"),
         ProblemCode::Unreachable => {
@@ -137,18 +137,37 @@ const fn hint(code: ProblemCode) -> Option<&'static str> {
         }
         ProblemCode::Changed => Some("look at it again, then repeat the change"),
         ProblemCode::Internal => Some("this is a fault of Berth's own: please report it"),
+        ProblemCode::NotFound => where_to_look(problem.field.as_deref()?),
+        ProblemCode::NoPlacement => {
+            Some("'berth host list' and 'berth host show HOST' say what the hosts have")
+        }
+        ProblemCode::BadImage => {
+            Some("fetch it anew from its publisher, and compare its checksum: '--sha256' does so")
+        }
+        ProblemCode::NoSpace => {
+            Some("make room there, or use another pool; 'berth host show HOST' says how full they are")
+        }
         ProblemCode::InvalidInput
-        | ProblemCode::NotFound
         | ProblemCode::AlreadyExists
         | ProblemCode::WrongState
         | ProblemCode::Protected
         | ProblemCode::TooLarge
-        | ProblemCode::NoPlacement
-        | ProblemCode::BadImage
-        | ProblemCode::NoSpace
         | ProblemCode::Hypervisor
         | ProblemCode::Guest
         | ProblemCode::Cancelled => None,
+    }
+}
+
+/// Where to see which names there are.
+fn where_to_look(noun: &str) -> Option<&'static str> {
+    match noun {
+        "host" => Some("'berth host list' shows those that there are"),
+        "image" => Some("'berth image list' shows those that there are"),
+        "operation" => Some("'berth operation list' shows those that there are"),
+        "segment" => Some("'berth segment list' shows those that there are"),
+        "snapshot" => Some("'berth snapshot list VM' shows those that there are"),
+        "vm" => Some("'berth vm list' shows those that there are"),
+        _ => None,
     }
 }
 
@@ -159,8 +178,54 @@ pub fn usage(error: &clap::Error, arguments: impl Iterator<Item = OsString>) -> 
         let _ = error.print();
         return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
     }
-    let failure = Failure::from(Problem::new(ProblemCode::InvalidInput, usage_message(error)));
-    report(&failure, &Output::to_terminal(Format::Json))
+    report(&usage_problem(error).into(), &Output::to_terminal(Format::Json))
+}
+
+/// A command line that can't be read, with the argument at fault as its field.
+fn usage_problem(error: &clap::Error) -> Problem {
+    let problem = Problem::new(ProblemCode::InvalidInput, usage_message(error));
+    let context = |kind| error.get(kind).map(words);
+    if let Some(word) = context(ContextKind::InvalidSubcommand) {
+        return problem.at("command", word, "one that '--help' lists");
+    }
+    let Some(argument) = context(ContextKind::InvalidArg) else { return problem };
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let choice = context(ContextKind::ValidValue).filter(|choice| !choice.is_empty());
+    let expected = match (error.kind(), choice) {
+        (_, Some(choice)) => format!("one of: {choice}"),
+        (ErrorKind::UnknownArgument, None) => "an option that '--help' lists".to_owned(),
+        (ErrorKind::MissingRequiredArgument, None) => format!("{argument} to be given"),
+        (ErrorKind::ArgumentConflict, None) => "only one of those that exclude each other".to_owned(),
+        (_, None) => expectation(error),
+    };
+    problem.at(field_of(&argument), value, expected)
+}
+
+fn words(value: &ContextValue) -> String {
+    match value {
+        ContextValue::Strings(words) => words.join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// `--memory <SIZE>` is about `memory`, and `<NAME>` about `name`.
+fn field_of(argument: &str) -> String {
+    let first = argument.split([' ', '=', ',']).next().unwrap_or_default();
+    first.trim_matches(['-', '<', '>', '[', ']', '.']).to_ascii_lowercase()
+}
+
+/// What the reader of a value said that it takes.
+fn expectation(error: &clap::Error) -> String {
+    let Some(said) = std::error::Error::source(error).map(ToString::to_string) else {
+        return "what '--help' says".to_owned();
+    };
+    if let Some((_, range)) = said.split_once(" is not in ") {
+        return format!("a number in {range}");
+    }
+    match said.split_once("expected ") {
+        Some((_, expected)) => expected.to_owned(),
+        None => said,
+    }
 }
 
 fn usage_message(error: &clap::Error) -> String {
@@ -238,6 +303,35 @@ mod tests {
             Failure::from(Problem::new(ProblemCode::Hypervisor, "qemu said \x1b]0;owned\x07\x1b[2J"));
         let said = text(&failure, Format::Table).expect("a problem");
         assert!(!said.contains('\x1b') && !said.contains('\x07'), "{said:?}");
+    }
+
+    #[test]
+    fn a_line_that_can_not_be_read_names_the_argument_its_value_and_what_it_takes() {
+        use clap::Parser as _;
+        let of = |line: &str| {
+            let error = crate::arguments::Cli::try_parse_from(line.split(' ')).expect_err(line);
+            let problem = usage_problem(&error);
+            let text = |field: Option<String>| field.unwrap_or_default();
+            (text(problem.field), text(problem.value), text(problem.expected))
+        };
+        let (field, value, expected) = of("berth vm create books --image probe --memory -1GiB");
+        assert_eq!((field.as_str(), value.as_str()), ("memory", "-1GiB"));
+        assert_eq!(expected, "a size like 512MiB, 2GiB or 2G");
+        let (field, value, expected) = of("berth vm create books --image probe --vcpus -3");
+        assert_eq!((field.as_str(), value.as_str()), ("vcpus", "-3"));
+        assert!(expected.starts_with("a number in 0..="), "{expected}");
+        let (field, value, expected) = of("berth image import d --name a --format vmdk");
+        assert_eq!(
+            (field.as_str(), value.as_str(), expected.as_str()),
+            ("format", "vmdk", "one of: qcow2, raw")
+        );
+        let (field, value, _) = of("berth vm create A_b --image probe");
+        assert_eq!((field.as_str(), value.as_str()), ("name", "A_b"));
+        let (field, _, expected) = of("berth vm create books");
+        assert_eq!((field.as_str(), expected.as_str()), ("image", "--image <IMAGE> to be given"));
+        let (field, value, _) = of("berth vm crate books");
+        assert_eq!((field.as_str(), value.as_str()), ("command", "crate"));
+        assert_eq!(of("berth vm list --fast").0, "fast");
     }
 
     #[test]

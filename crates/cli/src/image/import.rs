@@ -239,11 +239,22 @@ async fn upload(
         tokio::select! {
             result = &mut sending => {
                 reporter.transfer(&subject, &meter.at(sent_bytes.load(Ordering::Relaxed)))?;
-                return Ok(result?);
+                return result.map_err(|error| told_of(source, error.into_problem()).into());
             }
             _ = ticks.tick() => reporter.transfer(&subject, &meter.at(sent_bytes.load(Ordering::Relaxed)))?,
         }
     }
+}
+
+/// The manager knows the image's name and its part; the user knows the file.
+fn told_of(source: &Source, problem: Problem) -> Problem {
+    if problem.code != ProblemCode::BadImage {
+        return problem;
+    }
+    let path = source.path.display();
+    let role = source.part.role.as_str();
+    let value = if problem.field.as_deref() == Some(role) { Some(path.to_string()) } else { problem.value };
+    Problem { message: format!("{path}: {}", problem.message), value, ..problem }
 }
 
 fn chunks(

@@ -75,7 +75,8 @@ async fn nothing_is_left_of_an_image_that_did_not_arrive() {
     let failure = run(&fake.session(), arguments(&[&path, "--name", "probe", "--format", "qcow2"]))
         .await
         .expect_err("refused");
-    assert_eq!(failure.problem(), Some(&refused));
+    let told = failure.problem().expect("a problem");
+    assert_eq!((told.code, &told.message), (refused.code, &format!("{path}: it names a backing file")));
     assert_eq!(fake.asked()[2].line, format!("DELETE /v1/images/{id}"));
 }
 
