@@ -28,7 +28,8 @@ use serde::Serialize;
 use crate::exit::Failure;
 use crate::output::Output;
 use crate::session::Session;
-use directory::Directory;
+use directory::{Directory, MANAGER};
+use hosts::Knew;
 use record::{Mode, Record};
 
 /// How many hosts there are when nothing is said: the least with which a VM can move.
@@ -111,8 +112,9 @@ async fn bring_up(
     if record.mode == Mode::Root {
         network::bring_up(&directory, &mut record, arguments.link_mbit)?;
     }
+    let knew = if process::alive(&directory, MANAGER).is_some() { Knew::Running } else { Knew::Nothing };
     let session = manager::bring_up(&directory, &mut record, output).await?;
-    hosts::bring_up(&directory, &mut record, &session).await?;
+    hosts::bring_up(&directory, &mut record, &session, knew).await?;
     Ok((directory, record))
 }
 

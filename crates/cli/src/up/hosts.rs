@@ -31,23 +31,46 @@ const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a join token is good that is used at once.
 const JOIN_TOKEN_S: u64 = 300;
 
+/// What the manager's word about hosts is worth that it has not heard since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Knew {
+    /// It was started just now, and says what it remembers.
+    Nothing,
+    /// It has been running, and says so when one is gone.
+    Running,
+}
+
 /// Enrols the hosts that are not yet, starts the agents that don't run, and waits until all are online.
 ///
 /// # Errors
 /// When one is not, with the end of its log.
-pub async fn bring_up(directory: &Directory, record: &mut Record, session: &Session) -> Result<(), Failure> {
+pub async fn bring_up(
+    directory: &Directory,
+    record: &mut Record,
+    session: &Session,
+    knew: Knew,
+) -> Result<(), Failure> {
     let begun = now();
     choose_addresses(record)?;
     directory.save(record)?;
     make_pools(directory, record)?;
+    let mut to_be_heard: HashSet<Name> = HashSet::new();
     for host in &record.hosts {
         let name = host.name.as_str();
-        if process::alive(directory, name).is_some() {
+        let runs = process::alive(directory, name).is_some();
+        if !runs || knew == Knew::Nothing {
+            to_be_heard.insert(host.name.clone());
+        }
+        if runs {
             continue;
         }
-        let agent = agent_config(directory, record, host)?;
-        let text = toml::to_string(&agent).context("an agent's configuration can't be written")?;
         let path = directory.host_config(&host.name);
+        let mut agent = agent_config(directory, record, host)?;
+        // Whoever gave a host another pool by hand finds it there the next time.
+        if let Ok(before) = AgentConfig::load(&path) {
+            agent.pools = before.pools;
+        }
+        let text = toml::to_string(&agent).context("an agent's configuration can't be written")?;
         config::write_private(&path, text.as_bytes())?;
         if daemon::enrolled(&agent)?.is_none() {
             enrol(session, &agent).await?;
@@ -56,7 +79,7 @@ pub async fn bring_up(directory: &Directory, record: &mut Record, session: &Sess
         let namespace = (record.mode == Mode::Root).then(|| network::namespace(record, name));
         process::start(directory, name, &["agent", "run", "--config", path], namespace.as_deref())?;
     }
-    wait_until_online(directory, record, session, begun).await
+    wait_until_online(directory, record, session, (&to_be_heard, begun)).await
 }
 
 fn now() -> Timestamp {
@@ -157,12 +180,13 @@ async fn hosts(session: &Session) -> Result<Vec<Host>, Failure> {
     session.pages::<HostList, _>(&Nothing {}, None, query).await
 }
 
-/// Waits until each host was heard since `begun`: that one was online before says nothing.
+/// Waits until all hosts are online, and those who are to be heard were since then: that they were online before says
+/// nothing.
 async fn wait_until_online(
     directory: &Directory,
     record: &Record,
     session: &Session,
-    begun: Timestamp,
+    (to_be_heard, since): (&HashSet<Name>, Timestamp),
 ) -> Result<(), Failure> {
     let deadline = Instant::now() + ONLINE_TIMEOUT;
     loop {
@@ -170,7 +194,9 @@ async fn wait_until_online(
             .await?
             .into_iter()
             .filter(|host| host.state == HostState::Online && host.inventory.is_some())
-            .filter(|host| host.last_seen_at.is_some_and(|seen| seen >= begun))
+            .filter(|host| {
+                !to_be_heard.contains(&host.name) || host.last_seen_at.is_some_and(|seen| seen >= since)
+            })
             .map(|host| host.name)
             .collect();
         let Some(missing) = record.hosts.iter().find(|host| !online.contains(&host.name)) else {
