@@ -288,6 +288,35 @@ async fn a_guest_that_ran_on_a_target_that_died_belongs_there_and_is_never_throw
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_the_targets_machine_went_down_a_vm_in_a_shared_pool_is_its_own_if_it_was_given_away() {
+    for (shared_pool, given_away) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut pair =
+            if shared_pool { Pair::with_shared_pool().await } else { Pair::with_own_pools().await };
+        let definition = host::definition(128);
+        let vm = TestVm { id: definition.id.clone(), definition };
+        pair.source.take_image(&vm.definition.image).await;
+        let prepared = TaskSpec::PrepareVm { definition: vm.boxed() };
+        pair.source.task(&vm.id, prepared).await.expect("prepared");
+        let migration = migration();
+        pair.admit(&vm, &migration, shared_pool).await;
+        let state = pair.target.root().join("state").join("vms").join(vm.id.as_str());
+        std::fs::write(state.join("loading.json"), r#"{"boot_id": "another"}"#).expect("written");
+        pair.target.replace_agent().await;
+        let is_kept = shared_pool && given_away;
+        if given_away {
+            let spec = TaskSpec::TakeOver { migration: migration.clone() };
+            assert_eq!(pair.target.task(&vm.id, spec).await.is_ok(), is_kept);
+        }
+        let spec = TaskSpec::RefuseMigration { migration, shared_pool };
+        pair.target.task(&vm.id, spec).await.expect("nothing is left that could be refused");
+        let report = pair.target.agent.services().board.vm(&vm.id);
+        let found = report.map(|report| (report.state, report.migration));
+        assert_eq!(found, is_kept.then_some((VmState::Stopped, None)));
+        assert!(pair.source.vm_directory(&vm.id).exists());
+    }
+}
+
 /// Not a test but a measurement: `cargo nextest run -p berth-agent --test migration --run-ignored only --no-capture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes a minute and prints figures"]

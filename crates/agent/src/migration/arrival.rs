@@ -8,14 +8,16 @@
 //! |---|---|---|
 //! | clear | the guest was never told to run, or QEMU refused | what came may be thrown away; the source may take the VM back |
 //! | set | it may have run, and the source gave it away | the VM is this host's, in whatever state: crashed, if its QEMU is gone |
-//! | lost | the machine went down while the VM was being loaded | if the source gave it away, as if set; if not, as if clear |
+//! | lost | the machine went down while the VM was being loaded | in a shared pool: if the source gave it away, as if set; otherwise as if clear |
 //!
 //! A VM that may have run is never thrown away here and never goes on at the source; its disk is as after a power cut, and
 //! a snapshot is there to restore. Only a QEMU that refuses the command proves that the guest did not run, and only the
 //! first time: one that did run may refuse as well.
 //!
-//! Which of the two is so for a lost marker the manager knows, who has asked the source: it says so with `TakeOver` or
-//! `RefuseMigration`.
+//! Whether the source gave it away the manager knows, who has asked: it says so with `TakeOver` or `RefuseMigration`. In a
+//! pool of this host's own, a lost marker is no reason to keep the VM. What came may not be whole, and the source's disk
+//! and memory still fit each other; if the guest did run here, then for the milliseconds until the host's record said so.
+//! A set marker is one also there: everything was on this host's disk before the source gave the VM away.
 
 use berth_api::agent::MigrationSide;
 use berth_model::Problem;
@@ -23,6 +25,7 @@ use berth_qmp::QmpError;
 
 use super::incoming::IncomingError;
 use super::marker::{self, Deed, Mark, Marker};
+use super::target::Admission;
 use crate::durable::{self, blocking};
 use crate::vm::VmRuntime;
 
@@ -44,13 +47,15 @@ pub async fn prepare(vm: &VmRuntime) -> Result<Marker, Problem> {
     blocking(move || Ok(Marker::prepare(&state, Deed::ToldToRun)?)).await
 }
 
-/// What is known of whether the guest has run here.
+/// What is known of whether the guest has run here, as it counts: see the table.
 ///
 /// # Errors
 /// When it can't be found out.
 pub async fn mark(vm: &VmRuntime) -> Result<Mark, Problem> {
     let state = vm.dirs()?.state.clone();
-    blocking(move || Ok(marker::read(&state, Deed::ToldToRun)?)).await
+    let mark = blocking(move || Ok(marker::read(&state, Deed::ToldToRun)?)).await?;
+    let own_pool = || Ok::<_, Problem>(Admission::read(vm)?.is_some_and(|admission| !admission.shared_pool));
+    Ok(if mark == Mark::Lost && own_pool()? { Mark::Clear } else { mark })
 }
 
 /// Takes the marker off the disk.

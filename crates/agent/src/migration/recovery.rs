@@ -9,7 +9,7 @@
 //! | target | the guest runs | the migration is over: it was told to |
 //! | target | the guest was told to run, and does not | it is told again, and the migration is over, whatever it answers |
 //! | target | all loaded | nothing: the manager decides |
-//! | target | no process, and nobody can say whether it was told to run | nothing: the manager decides |
+//! | target | no process, a shared pool, and nobody can say whether it was told to run | nothing: the manager decides |
 //! | target | waiting for the stream, or gone | ended, and what came is removed |
 
 use berth_api::agent::MigrationSide;
