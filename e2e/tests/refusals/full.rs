@@ -135,11 +135,26 @@ fn is_arriving(images: &Path) -> bool {
     )
 }
 
+/// The guest writes meanwhile: what is left to it must be enough, or it is held for a snapshot that is not even taken.
 fn snapshot(cluster: &Cluster, pool: &Small) -> Result<()> {
-    pool.fill_but(30)?;
+    pool.fill_but(70)?;
     let before = Stand::of(cluster)?;
     let words = ["snapshot", "create", "books", "--name", "kept"];
-    refused(cluster, &words, wanted("no-space", 1, "pool", "small", "room left in it on host h1"))?;
+    let probe = cluster.guest("books")?.probe;
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                probe.write(1).context("the guest's disk")?;
+            }
+            anyhow::Ok(())
+        });
+        let wanted = wanted("no-space", 1, "pool", "small", "room left in it on host h1");
+        let refusal = refused(cluster, &words, wanted);
+        over.store(true, Ordering::Relaxed);
+        writing.join().expect("the writer does not panic")?;
+        refusal
+    })?;
     before.unchanged(|| Stand::of(cluster))?;
     ensure!(cluster.vm("books")?["status"]["state"] == "running", "the guest was stopped");
     pool.make_room()?;

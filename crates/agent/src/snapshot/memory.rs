@@ -23,17 +23,49 @@ const READ_BYTES: usize = 512 << 10;
 /// How much of an image is hashed between two looks at whether it is still wanted.
 const HASH_BYTES: usize = 1 << 20;
 
-/// Writes pages to a file.
+/// Room that a snapshot leaves in its pool: in one that is full to the brim, every guest that writes is held. Less: a
+/// guest that writes fast is held before a snapshot that does not fit is given up. More: less of a pool can be used.
+const LEFT_FREE_BYTES: u64 = 32 << 20;
+/// How much is written between two looks at the room that is left.
+const LOOK_EVERY_BYTES: u64 = 1 << 20;
+
+/// Writes pages to a file, as long as there is room for others too.
 #[derive(Debug)]
-struct ImageFile(File);
+struct ImageFile {
+    file: File,
+    /// What may be written before the next look.
+    unseen_bytes: u64,
+}
+
+impl ImageFile {
+    const fn new(file: File) -> Self {
+        Self { file, unseen_bytes: 0 }
+    }
+
+    fn look_for_room(&mut self, bytes: u64) -> io::Result<()> {
+        if bytes <= self.unseen_bytes {
+            self.unseen_bytes -= bytes;
+            return Ok(());
+        }
+        self.unseen_bytes = LOOK_EVERY_BYTES;
+        let found = rustix::fs::fstatvfs(&self.file)?;
+        if found.f_bavail.saturating_mul(found.f_frsize) < LEFT_FREE_BYTES.saturating_add(bytes) {
+            let kept_mib = LEFT_FREE_BYTES >> 20;
+            let text = format!("less than {kept_mib} MiB would be left for the guests' own disks");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+        }
+        Ok(())
+    }
+}
 
 impl PageSink for ImageFile {
     fn pages(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.look_for_room(bytes.len() as u64)?;
+        self.file.write_all_at(bytes, offset)
     }
 
     fn zeros(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        punch(&self.0, offset, length)
+        punch(&self.file, offset, length)
     }
 }
 
@@ -113,7 +145,7 @@ pub fn collect(
     memory.set_len(memory_bytes).map_err(CollectError::Create)?;
     let device = create(device_path).map_err(CollectError::Create)?;
     let options = SplitOptions { memory_block: MEMORY_BLOCK.into(), memory_bytes, sink_is_zero: true };
-    let mut splitter = Splitter::new(options, ImageFile(memory), io::BufWriter::new(device));
+    let mut splitter = Splitter::new(options, ImageFile::new(memory), io::BufWriter::new(device));
     let mut buffer = vec![0; READ_BYTES];
     loop {
         let read = match stream.read(&mut buffer) {
@@ -129,7 +161,7 @@ pub fn collect(
     }
     let (memory, device, summary) = splitter.finish()?;
     let device = device.into_inner().map_err(|error| SplitError::Device(error.into_error()))?;
-    Ok(Collected { memory: memory.0, device, summary })
+    Ok(Collected { memory: memory.file, device, summary })
 }
 
 fn create(path: &Path) -> io::Result<File> {
