@@ -17,7 +17,7 @@
 //! **The point of no return is `handed-over`.** Before it the source owns the VM: whatever fails, the source's guest
 //! goes on and the target's process is removed. The target loads everything but does not run (`-S`). Only when it has
 //! said that the state is loaded does the source write down, durably, that it gives the VM away, and from then on the
-//! source never runs it again unless the manager, having made sure that the target has no process, gives it back.
+//! source never runs it again unless the manager, having made sure that the target has thrown away what it had, gives it back.
 //! So at each instant at most one of the two may run the guest, and it can be told which from what is on disk.
 
 use std::fmt;
