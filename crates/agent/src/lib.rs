@@ -31,6 +31,7 @@ pub mod image;
 pub mod network;
 pub mod pool;
 pub mod qcow2;
+pub mod room;
 pub mod seed;
 
 pub mod clock;

@@ -17,6 +17,7 @@ use crate::disk::{FROZEN_MODE, no_space};
 use crate::durable::{self, FileError, blocking};
 use crate::layout::PoolDirs;
 use crate::qcow2;
+use crate::room::{LEFT_FREE_BYTES, Room};
 use crate::services::Services;
 
 /// How many bytes are gathered before they are hashed and written, which is done on another thread. Less: more
@@ -46,6 +47,7 @@ pub struct Intake {
 
 struct Sink {
     file: File,
+    room: Room,
     hash: Sha256,
     length: u64,
 }
@@ -79,13 +81,13 @@ impl Intake {
             let file = make_file(&directory, &path)?;
             let size = rustix::fs::statvfs(&directory)
                 .map_err(|error| FileError::io(&directory, "looked at")(error.into()))?;
-            if size.f_bavail.saturating_mul(size.f_frsize) < size_bytes {
+            if size.f_bavail.saturating_mul(size.f_frsize) < size_bytes.saturating_add(LEFT_FREE_BYTES) {
                 return Err(no_space(&directory));
             }
             Ok(file)
         })
         .await?;
-        intake.sink = Some(Sink { file, hash: Sha256::new(), length: 0 });
+        intake.sink = Some(Sink { file, room: Room::default(), hash: Sha256::new(), length: 0 });
         Ok(intake)
     }
 
@@ -119,7 +121,8 @@ impl Intake {
         let sink = blocking(move || {
             sink.hash.update(&bytes);
             sink.length += bytes.len() as u64;
-            match sink.file.write_all(&bytes) {
+            let taken = sink.room.take(&sink.file, bytes.len() as u64);
+            match taken.and_then(|()| sink.file.write_all(&bytes)) {
                 Ok(()) => Ok(sink),
                 Err(error) if durable::is_no_space(&error) => Err(no_space(path.parent().unwrap_or(&path))),
                 Err(error) => Err(FileError::io(&path, "written")(error).into()),

@@ -16,6 +16,8 @@ use berth_stream::{
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
+use crate::room::Room;
+
 /// The memory block that is split off: every VM's main memory has this name.
 pub const MEMORY_BLOCK: &str = "pc.ram";
 /// How much is read from QEMU at once. Larger than its socket's buffer, so that one call empties it.
@@ -23,44 +25,22 @@ const READ_BYTES: usize = 512 << 10;
 /// How much of an image is hashed between two looks at whether it is still wanted.
 const HASH_BYTES: usize = 1 << 20;
 
-/// Room that a snapshot leaves in its pool: in one that is full to the brim, every guest that writes is held. Less: a
-/// guest that writes fast is held before a snapshot that does not fit is given up. More: less of a pool can be used.
-const LEFT_FREE_BYTES: u64 = 32 << 20;
-/// How much is written between two looks at the room that is left.
-const LOOK_EVERY_BYTES: u64 = 1 << 20;
-
 /// Writes pages to a file, as long as there is room for others too.
 #[derive(Debug)]
 struct ImageFile {
     file: File,
-    /// What may be written before the next look.
-    unseen_bytes: u64,
+    room: Room,
 }
 
 impl ImageFile {
-    const fn new(file: File) -> Self {
-        Self { file, unseen_bytes: 0 }
-    }
-
-    fn look_for_room(&mut self, bytes: u64) -> io::Result<()> {
-        if bytes <= self.unseen_bytes {
-            self.unseen_bytes -= bytes;
-            return Ok(());
-        }
-        self.unseen_bytes = LOOK_EVERY_BYTES;
-        let found = rustix::fs::fstatvfs(&self.file)?;
-        if found.f_bavail.saturating_mul(found.f_frsize) < LEFT_FREE_BYTES.saturating_add(bytes) {
-            let kept_mib = LEFT_FREE_BYTES >> 20;
-            let text = format!("less than {kept_mib} MiB would be left for the guests' own disks");
-            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
-        }
-        Ok(())
+    fn new(file: File) -> Self {
+        Self { file, room: Room::default() }
     }
 }
 
 impl PageSink for ImageFile {
     fn pages(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.look_for_room(bytes.len() as u64)?;
+        self.room.take(&self.file, bytes.len() as u64)?;
         self.file.write_all_at(bytes, offset)
     }
 

@@ -19,6 +19,7 @@ use crate::durable::{self, FileError, UNFINISHED_SUFFIX};
 use crate::layout::VmDirs;
 use crate::migration::link::FileTaker;
 use crate::migration::wire::{CHUNK_BYTES, FileName, FileOffer, SnapshotPart, TOP_FILE, WireError};
+use crate::room::Room;
 use crate::snapshot::memory;
 use crate::vm::files;
 
@@ -49,7 +50,15 @@ impl Files {
     pub fn start(dirs: VmDirs, group: Option<u32>) -> Self {
         let (queue, mut work) = mpsc::channel(QUEUE_MAX);
         tokio::task::spawn_blocking(move || {
-            let mut disk = Disk { dirs, group, offers: Vec::new(), open: None, top: None, fault: None };
+            let mut disk = Disk {
+                dirs,
+                group,
+                offers: Vec::new(),
+                open: None,
+                top: None,
+                room: Room::default(),
+                fault: None,
+            };
             while let Some(work) = work.blocking_recv() {
                 disk.work(work);
             }
@@ -116,6 +125,7 @@ struct Arriving {
     file: File,
     path: PathBuf,
     next_offset: u64,
+    room: Room,
     checksum: Checksum,
 }
 
@@ -125,6 +135,7 @@ struct Disk {
     offers: Vec<FileOffer>,
     open: Option<Arriving>,
     top: Option<(File, PathBuf)>,
+    room: Room,
     /// The first thing that went wrong; what comes after it is thrown away.
     fault: Option<Problem>,
 }
@@ -179,7 +190,9 @@ impl Disk {
             if offset > LENGTH_MAX {
                 return Err(nonsense("data far beyond any disk"));
             }
-            return Ok(file.write_all_at(bytes, offset).map_err(FileError::io(path, "written"))?);
+            let taken = self.room.take(file, bytes.len() as u64);
+            let written = taken.and_then(|()| file.write_all_at(bytes, offset));
+            return Ok(written.map_err(FileError::io(path, "written"))?);
         }
         let length = self.offered(number)?.length_bytes;
         let whole = bytes.len() == CHUNK_BYTES || offset + bytes.len() as u64 == length;
@@ -189,7 +202,9 @@ impl Disk {
         }
         arriving.next_offset = offset + bytes.len() as u64;
         arriving.checksum.chunk(offset, bytes);
-        Ok(arriving.file.write_all_at(bytes, offset).map_err(FileError::io(&arriving.path, "written"))?)
+        let taken = arriving.room.take(&arriving.file, bytes.len() as u64);
+        let written = taken.and_then(|()| arriving.file.write_all_at(bytes, offset));
+        Ok(written.map_err(FileError::io(&arriving.path, "written"))?)
     }
 
     fn hole(&mut self, number: u32, offset: u64, length: u64) -> Result<(), Problem> {
@@ -257,7 +272,14 @@ impl Disk {
             let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
             let file = file.map_err(FileError::io(&path, "made"))?;
             file.set_len(offer.length_bytes).map_err(FileError::io(&path, "made"))?;
-            self.open = Some(Arriving { number, file, path, next_offset: 0, checksum: Checksum::default() });
+            self.open = Some(Arriving {
+                number,
+                file,
+                path,
+                next_offset: 0,
+                room: Room::default(),
+                checksum: Checksum::default(),
+            });
         }
         self.open.as_mut().ok_or_else(|| nonsense("data of no file"))
     }
