@@ -234,7 +234,7 @@ impl ProbeClient {
         let pattern = rewrite.as_str();
         let arguments =
             format!("memory_mib={memory_mib} rate_mib_s={rate_mib_s} hot_mib={hot_mib} pattern={pattern}");
-        self.ask("set", &arguments, QUICK)?;
+        self.ask("set", &arguments, within)?;
         let begun = Instant::now();
         loop {
             let status = self.status()?;

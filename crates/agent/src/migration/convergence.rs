@@ -5,8 +5,8 @@
 //! guest rewrote during it, so after a few passes the rest is as small as it will get. The rule is a function of
 //! passes and time, without I/O, and serves snapshots and migrations with different numbers.
 //!
-//! A guest that the highest limit does not catch is slowed down, so that it is caught at all; only one that even that
-//! does not help with is given up.
+//! A guest that the highest limit does not catch is slowed down, so that it is caught at all: first so far that its users
+//! see it answer late but steadily, then almost to a stand; only one that even that does not help with is given up.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ pub struct PauseBudget {
     pub patience_passes: u64,
     /// Time that is waited for before each step: a pass over a large memory on a slow link takes long.
     pub patience: Duration,
-    /// How long to try at the highest limit with the guest slowed down, before it is given up.
+    /// How long to try at the highest limit with the guest slowed down, before it is slowed down more or given up.
     pub last_patience: Duration,
 }
 
@@ -35,8 +35,8 @@ impl PauseBudget {
         step_ms: 8,
         max_ms: 28,
         patience_passes: 6,
-        patience: Duration::from_millis(1500),
-        last_patience: Duration::from_secs(20),
+        patience: Duration::from_millis(500),
+        last_patience: Duration::from_secs(10),
     };
 
     /// For a migration: its bar is 60 ms, of which loading and starting on the target take some.
@@ -45,10 +45,15 @@ impl PauseBudget {
         step_ms: 6,
         max_ms: 42,
         patience_passes: 5,
-        patience: Duration::from_secs(3),
-        last_patience: Duration::from_secs(120),
+        patience: Duration::from_secs(1),
+        last_patience: Duration::from_secs(60),
     };
 }
+
+/// How far a guest is slowed down, in percent of its time that it is kept from running, one after the other. QEMU lets a
+/// CPU run for 10 ms and then holds it: for 90 ms at the first, which users take for a slow machine, and for a second
+/// at the last, which they take for a broken one.
+const SLOWNESS_PERCENT: [u32; 2] = [90, 99];
 
 /// What to do after a look at the migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,8 +62,8 @@ pub enum Advice {
     Wait,
     /// Set the downtime limit to this, in milliseconds.
     Raise(u64),
-    /// Slow the guest down, whatever the share of its memory that it rewrites.
-    SlowDown,
+    /// Slow the guest down, by up to this share of its time in percent.
+    SlowDown(u32),
     /// The guest rewrites its memory faster than it can be sent.
     GiveUp,
 }
@@ -70,7 +75,8 @@ pub struct Convergence {
     limit_ms: u64,
     raised_pass: u64,
     raised_at: Duration,
-    slowed_down: bool,
+    /// How many of [`SLOWNESS_PERCENT`] are behind it.
+    slowed_down: usize,
 }
 
 impl Convergence {
@@ -81,7 +87,7 @@ impl Convergence {
             limit_ms: budget.start_ms,
             raised_pass: 1,
             raised_at: Duration::ZERO,
-            slowed_down: false,
+            slowed_down: 0,
         }
     }
 
@@ -98,21 +104,27 @@ impl Convergence {
             return Advice::Wait;
         }
         let waited = elapsed.saturating_sub(self.raised_at);
-        if self.slowed_down {
-            return if waited >= self.budget.last_patience { Advice::GiveUp } else { Advice::Wait };
+        if self.slowed_down > 0 {
+            return if waited >= self.budget.last_patience { self.slow_down(elapsed) } else { Advice::Wait };
         }
         let passes = pass.saturating_sub(self.raised_pass);
         if passes < self.budget.patience_passes || waited < self.budget.patience {
             return Advice::Wait;
         }
+        if self.limit_ms >= self.budget.max_ms {
+            return self.slow_down(elapsed);
+        }
         self.raised_pass = pass;
         self.raised_at = elapsed;
-        if self.limit_ms >= self.budget.max_ms {
-            self.slowed_down = true;
-            return Advice::SlowDown;
-        }
         self.limit_ms = (self.limit_ms + self.budget.step_ms).min(self.budget.max_ms);
         Advice::Raise(self.limit_ms)
+    }
+
+    fn slow_down(&mut self, elapsed: Duration) -> Advice {
+        let Some(percent) = SLOWNESS_PERCENT.get(self.slowed_down) else { return Advice::GiveUp };
+        self.slowed_down += 1;
+        self.raised_at = elapsed;
+        Advice::SlowDown(*percent)
     }
 }
 
@@ -136,12 +148,12 @@ mod tests {
         for second in 0..60 {
             match convergence.look(1 + second * 3, Duration::from_secs(second)) {
                 Advice::Raise(limit) => limits.push(limit),
-                Advice::SlowDown => limits.push(0),
+                Advice::SlowDown(percent) => limits.push(u64::from(percent)),
                 Advice::Wait => {}
                 Advice::GiveUp => break,
             }
         }
-        assert_eq!(limits, [25, 30, 0], "and then it is slowed down, once");
+        assert_eq!(limits, [25, 30, 90, 99], "and then it is slowed down, step by step");
         assert_eq!(convergence.limit_ms(), 30);
     }
 

@@ -29,11 +29,13 @@ const STREAM_FD: &str = "berth-stream";
 /// What QEMU may have written that nobody has read, in bytes. More: it is all sent within the pause, and QEMU believes
 /// that it was sent before. Less: more switches between the two processes.
 const STREAM_BUFFER_BYTES: usize = 256 << 10;
-/// A guest is slowed down when it rewrites this much of what is sent in the same time. Lower: guests are slowed down that
-/// would have been caught up with.
-const THROTTLE_THRESHOLD_PERCENT: u32 = 95;
-/// The same for a guest that is slowed down whatever it rewrites.
-const THROTTLE_AT_ONCE_PERCENT: u32 = 1;
+/// QEMU may slow a guest down when it rewrites this much of what is sent in the same time. That is so at the end of every
+/// migration, when each pass sends just what the last one left: so QEMU is not left to decide when, and this is low.
+const THROTTLE_THRESHOLD_PERCENT: u32 = 1;
+/// The least that QEMU can slow a guest down by, in percent: for as long as it is not to be slowed down.
+const THROTTLE_NOT_PERCENT: u32 = 1;
+/// The first step in which a guest is slowed down, and each further one, in percent.
+const THROTTLE_STEP_PERCENT: u32 = 20;
 /// How often QEMU is asked how it goes.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a guest may take to run again after a failure.
@@ -152,7 +154,7 @@ impl Outgoing {
         })
         .await?;
         if sending.slow_guest_down {
-            set_throttle(qmp, THROTTLE_THRESHOLD_PERCENT).await?;
+            set_throttle(qmp, THROTTLE_NOT_PERCENT).await?;
         }
         let events = qmp.events();
         let (ours, theirs) = stream_pair().map_err(OutgoingError::Socket)?;
@@ -298,9 +300,9 @@ impl Outgoing {
                 };
                 self.qmp.call(parameters).await?;
             }
-            Advice::SlowDown => {
-                tracing::debug!(pass = self.pass, "the guest is too busy: slowing it down");
-                set_throttle(&self.qmp, THROTTLE_AT_ONCE_PERCENT).await?;
+            Advice::SlowDown(percent) => {
+                tracing::debug!(percent, pass = self.pass, "the guest is too busy: slowing it down");
+                set_throttle(&self.qmp, percent).await?;
             }
             Advice::GiveUp => {
                 let limit_ms = self.convergence.limit_ms();
@@ -326,12 +328,14 @@ impl Outgoing {
     }
 }
 
-/// Sets from when on QEMU slows the guest down (capability `auto-converge`), in percent of what is sent.
-async fn set_throttle(qmp: &Qmp, threshold_percent: u32) -> Result<(), QmpError> {
+/// Sets how far QEMU may slow the guest down (capability `auto-converge`).
+async fn set_throttle(qmp: &Qmp, percent_max: u32) -> Result<(), QmpError> {
+    let step_percent = percent_max.min(THROTTLE_STEP_PERCENT);
     let parameters = serde_json::json!({
-        "throttle-trigger-threshold": threshold_percent,
-        "cpu-throttle-initial": 20,
-        "cpu-throttle-increment": 20,
+        "throttle-trigger-threshold": THROTTLE_THRESHOLD_PERCENT,
+        "cpu-throttle-initial": step_percent,
+        "cpu-throttle-increment": step_percent,
+        "max-cpu-throttle": percent_max,
     });
     qmp.call_untyped("migrate-set-parameters", parameters).await.map(|_| ())
 }
