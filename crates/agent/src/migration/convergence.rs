@@ -82,13 +82,7 @@ pub struct Convergence {
 impl Convergence {
     /// At the start of a migration.
     pub const fn new(budget: PauseBudget) -> Self {
-        Self {
-            budget,
-            limit_ms: budget.start_ms,
-            raised_pass: 1,
-            raised_at: Duration::ZERO,
-            slowed_down: 0,
-        }
+        Self { budget, limit_ms: budget.start_ms, raised_pass: 1, raised_at: Duration::ZERO, slowed_down: 0 }
     }
 
     /// The limit as it stands, in milliseconds.
