@@ -39,7 +39,8 @@ pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
     if run.wants("restore_running_ms") || growth {
         let running = small.restores(figures, "")?;
         figures.add("restore_running_ms", "restore: agent's command to guest running, 2 GiB", &running);
-        small.restores_without_undo(figures)?;
+        let alone = small.restores_without_undo(figures, "")?;
+        figures.add("restore_running_no_undo_ms", "the same without an undo snapshot before it", &alone);
         small.verify()?;
     }
     if growth {
@@ -52,6 +53,11 @@ pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
             figures.median("restore_running_ms").context("no restore of the 2 GiB guest to compare with")?;
         let ratios: Vec<f64> = running.iter().map(|each| each / base).collect();
         figures.add("restore_growth_ratio", "restore of 8 GiB divided by the median of 2 GiB", &ratios);
+        let alone = large.restores_without_undo(figures, "_8gib")?;
+        figures.add("restore_running_no_undo_ms_8gib", "8 GiB, without an undo snapshot before it", &alone);
+        let base = figures.median("restore_running_no_undo_ms").context("no restore without undo")?;
+        let ratios: Vec<f64> = alone.iter().map(|each| each / base).collect();
+        figures.add("restore_growth_ratio_no_undo", "the same, without undo snapshots", &ratios);
         large.verify()?;
     }
     cluster.down()
@@ -118,18 +124,21 @@ impl<'a> Subject<'a> {
     }
 
     /// Restores without an undo snapshot, which is what the peers do.
-    fn restores_without_undo(&mut self, figures: &mut Figures) -> Result<()> {
-        let (mut first, mut command) = (Vec::new(), Vec::new());
+    fn restores_without_undo(&mut self, figures: &mut Figures, suffix: &str) -> Result<Vec<f64>> {
+        let (mut running, mut first, mut command) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.run.runs {
             work::settle();
             let words = ["snapshot", "restore", self.name, WORKING, "--no-undo"];
             let (_, life) = work::put_back(self.probe.address(), || self.cluster.berth.run(&words))?;
+            running.push(number(&self.last_restore()?["running_us"])? / 1000.0);
             first.push(life.first_sign_ms);
             command.push(life.command_ms);
         }
-        figures.add("restore_first_sign_ms", "user's command (no undo) to the guest's first answer", &first);
-        figures.add("restore_command_ms", "user's command (no undo) until it comes back", &command);
-        Ok(())
+        let named = |name: &str| format!("{name}{suffix}");
+        let meaning = "user's command (no undo) to the guest's first answer";
+        figures.add(&named("restore_first_sign_ms"), meaning, &first);
+        figures.add(&named("restore_command_ms"), "user's command (no undo) until it comes back", &command);
+        Ok(running)
     }
 
     fn last_restore(&self) -> Result<serde_json::Value> {
