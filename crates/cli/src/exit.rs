@@ -127,8 +127,12 @@ fn detail(problem: &Problem) -> Option<String> {
 /// What to do about it, where the message can't know.
 fn hint(problem: &Problem) -> Option<&'static str> {
     match problem.code {
+        // What is said of join tokens says what to do: 'berth host join-token'.
+        ProblemCode::Unauthenticated if problem.message.contains("'berth ") => None,
         ProblemCode::Unauthenticated => Some("log in with 'berth login', or set BERTH_TOKEN"),
         ProblemCode::NotAllowed => Some("'berth whoami' says who you are, 'berth can-i' what you may do"),
+        // A machine that joins says whom it means in its own words.
+        ProblemCode::Unreachable if problem.field.is_some() => None,
         ProblemCode::Unreachable => {
             Some("is it running, and does 'berth login' or BERTH_URL name the right one?")
         }

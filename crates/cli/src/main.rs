@@ -20,6 +20,7 @@ mod audit;
 mod console;
 mod host;
 mod image;
+mod join;
 mod login;
 mod migration;
 mod operation;

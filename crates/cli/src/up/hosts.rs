@@ -20,8 +20,8 @@ use super::directory::Directory;
 use super::record::{HostEntry, Mode, Record};
 use super::{manager, network, process};
 use crate::config;
-use crate::daemon::{self, AGENT_PORT};
 use crate::exit::Failure;
+use crate::join::{self, AGENT_PORT};
 use crate::session::Session;
 
 /// How long all hosts together may take to be online. QEMU is asked what it can do first, which takes seconds on a
@@ -72,7 +72,7 @@ pub async fn bring_up(
         }
         let text = toml::to_string(&agent).context("an agent's configuration can't be written")?;
         config::write_private(&path, text.as_bytes())?;
-        if daemon::enrolled(&agent)?.is_none() {
+        if join::enrolled(&agent)?.is_none() {
             enrol(session, &agent).await?;
         }
         let path = path.to_str().context("the directory's name is not text")?;
@@ -171,7 +171,7 @@ async fn enrol(session: &Session, agent: &AgentConfig) -> Result<(), Failure> {
     }
     let wish = CreateJoinToken { expires_s: Some(JOIN_TOKEN_S) };
     let token = session.send::<JoinTokenCreate>(&Nothing {}, &Nothing {}, &wish).await?;
-    daemon::enrol(agent, &token.token).await?;
+    join::enrol(agent, &token.token).await?;
     Ok(())
 }
 
