@@ -6,6 +6,7 @@ use berth_model::access::Action;
 use clap::Args;
 
 use crate::exit::Failure;
+use crate::lookup::VmRef;
 use crate::output::{Facts, NOTHING};
 use crate::session::Session;
 
@@ -15,7 +16,7 @@ pub struct CanIArguments {
     /// The action, like snapshot.restore
     #[arg(value_parser = parse_action)]
     action: Action,
-    /// What it is about: segment/name of a VM, or a segment; the cluster without it
+    /// What it is about: a VM as segment/name, a segment, host, image or user; the cluster without it
     resource: Option<String>,
 }
 
@@ -48,8 +49,16 @@ pub async fn whoami(session: &Session) -> Result<(), Failure> {
 /// # Errors
 /// [`Failure::Denied`] for a no; when the manager refuses or can't be reached.
 pub async fn can_i(session: &Session, arguments: CanIArguments) -> Result<(), Failure> {
-    let query = CanIQuery { action: arguments.action.as_str().to_owned(), resource: arguments.resource };
-    let reply = session.ask::<CanI>(&Nothing {}, &query).await?;
+    let mut query = CanIQuery { action: arguments.action.as_str().to_owned(), resource: arguments.resource };
+    let mut reply = session.ask::<CanI>(&Nothing {}, &query).await?;
+    if !reply.allowed
+        && let Some(vm) = query.resource.as_ref().and_then(|text| text.parse::<VmRef>().ok())
+        && query.resource.as_deref() != Some(vm.as_str())
+    {
+        // A bare name may be a VM's, too.
+        query.resource = Some(vm.as_str().to_owned());
+        reply = session.ask::<CanI>(&Nothing {}, &query).await?;
+    }
     let answer = if reply.allowed { "yes" } else { "no" };
     session.output.done(&reply, || format!("{answer}: {}", reply.reason))?;
     if reply.allowed { Ok(()) } else { Err(Failure::Denied) }

@@ -73,7 +73,7 @@ pub enum Noun {
         #[command(subcommand)]
         verb: host::Verb,
     },
-    /// Tenancy and network boundaries; each VM is in exactly one
+    /// What VMs are sorted into; each is in exactly one. They are names only so far, and keep nobody apart
     Segment {
         /// What to do.
         #[command(subcommand)]

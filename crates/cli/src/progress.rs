@@ -115,6 +115,8 @@ impl Drop for Reporter {
 
 fn new_bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
+    // Until there is something to show, nothing is drawn: the library's own bar would flash.
+    bar.set_style(ProgressStyle::with_template("").expect("the template is a constant"));
     bar.enable_steady_tick(Duration::from_millis(100));
     bar
 }

@@ -168,8 +168,11 @@ async fn watch(directory: &Directory, record: &Record, output: &Output) -> Resul
         for name in names {
             if process::alive(directory, &name).is_none() && !gone.contains(&name) {
                 let log = directory.log(&name);
-                output
-                    .remark(&format!("{name} has ended: see {}; 'berth up' starts it again", log.display()));
+                let dir = directory.path().display();
+                output.remark(&format!(
+                    "{name} has ended: see {}; 'berth up --dir {dir}' starts it again",
+                    log.display()
+                ));
                 gone.push(name);
             }
         }

@@ -233,7 +233,13 @@ impl Policies {
         resource: &Resource,
     ) -> Result<Decision, PolicyError> {
         let Some(request) = self.request(principal, action, resource)? else {
-            let reason = format!("'{}' is not for {}", action.as_str(), principal.kind_text());
+            let about_others =
+                ResourceKind::ALL.iter().any(|kind| self.can_be_asked(principal, action, *kind));
+            let reason = if about_others {
+                format!("'{}' is not done to a {}: say to what", action.as_str(), resource.kind.noun())
+            } else {
+                format!("'{}' is not for {}", action.as_str(), principal.kind_text())
+            };
             return Ok(Decision { allowed: false, reason });
         };
         let entities = self.entities(principal, resource)?;

@@ -252,7 +252,10 @@ fn check_owner(path: &Path) -> Result<(), Failure> {
             other => other.map_err(unusable)?,
         };
         if metadata.uid() != me || metadata.mode() & 0o022 != 0 || metadata.is_symlink() {
-            let expected = "a directory of your own that nobody else can write in";
+            let expected = match metadata.uid() {
+                0 if me != 0 => "a directory of your own: this one is root's, so say it as root",
+                _ => "a directory of your own that nobody else can write in",
+            };
             return Err(Failure::field("dir", path.display(), expected));
         }
     }

@@ -68,7 +68,10 @@ pub async fn take_down(path: &Path, purge: bool, output: &Output) -> Result<(), 
     let rest = if purge {
         "nothing of it is left".to_owned()
     } else {
-        format!("{} keeps its VMs, images and records; 'berth up' starts it again", path.display())
+        let path = path.display();
+        format!(
+            "{path} keeps its VMs (those that ran are powered off), images and records; 'berth up --dir {path}' starts it again"
+        )
     };
     output.done(&record, || format!("down: {ended} processes ended; {rest}"))
 }

@@ -38,11 +38,18 @@ impl Workflow for DeleteVm {
         let OperationRequest::VmDelete { force, .. } = request else { return Err(wrong_request()) };
         let vm = desk.vm()?;
         if vm.spec.protected {
-            let message = format!("{} is protected against deletion: lift that first", vm.full_name());
+            let message = format!(
+                "{0} is protected against deletion: lift that first, with 'berth vm unprotect {0}'",
+                vm.full_name()
+            );
             return Err(Problem::new(ProblemCode::Protected, message).at("protected", true, "false"));
         }
         if vm.status.state.may_run() && !force {
-            let message = format!("{} is {}: stop it first, or use force", vm.full_name(), vm.status.state);
+            let message = format!(
+                "{} is {}: stop it first, or delete it with --force",
+                vm.full_name(),
+                vm.status.state
+            );
             return Err(Problem::new(ProblemCode::WrongState, message).at("force", false, "true"));
         }
         let host = reachable_host(desk.cluster, vm)?;
