@@ -41,11 +41,11 @@ impl PauseBudget {
 
     /// For a migration: its bar is 60 ms, of which loading and starting on the target take some.
     pub const MIGRATION: Self = Self {
-        start_ms: 12,
-        step_ms: 6,
+        start_ms: 18,
+        step_ms: 8,
         max_ms: 42,
-        patience_passes: 5,
-        patience: Duration::from_secs(1),
+        patience_passes: 3,
+        patience: Duration::from_millis(300),
         last_patience: Duration::from_secs(60),
     };
 }
