@@ -194,11 +194,13 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if !self.keep && self.tells_logs {
+        if self.keep {
+            return;
+        }
+        if self.tells_logs {
             self.tell_logs();
         }
-        if !self.keep
-            && self.dir.exists()
+        if self.dir.exists()
             && let Err(error) = self.remove()
         {
             eprintln!("the cluster in {} could not be taken down: {error:#}", self.dir.display());

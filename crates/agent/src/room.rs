@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 /// What is left. Less: a guest that writes fast is held before what does not fit is given up. More: less of a pool can
 /// be used.
-pub const LEFT_FREE_BYTES: u64 = 32 << 20;
+const LEFT_FREE_BYTES: u64 = 32 << 20;
 /// How much is written between two looks.
 const LOOK_EVERY_BYTES: u64 = 1 << 20;
 

@@ -316,25 +316,3 @@ async fn after_the_targets_machine_went_down_a_vm_in_a_shared_pool_is_its_own_if
         assert!(pair.source.vm_directory(&vm.id).exists());
     }
 }
-
-/// Not a test but a measurement: `cargo nextest run -p berth-agent --test migration --run-ignored only --no-capture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes a minute and prints figures"]
-async fn figures_of_migrations() {
-    let (here, there) = (Pair::with_shared_pool().await, Pair::with_own_pools().await);
-    for (pair, shared_pool) in [(here, true), (there, false)] {
-        let vm = pair.source.running_vm(2048).await;
-        let settings = Settings { memory_mib: 600, rate_mib_s: 20, hot_mib: 600, rewrite: Rewrite::Whole };
-        pair.source.probe(&vm.id).set(settings, LONG).expect("busy");
-        let report = pair.move_vm(&vm, shared_pool).await.expect("moved");
-        println!(
-            "2048 MiB, 600 used, 20 MiB/s rewritten, shared pool: {shared_pool}: blackout {} us, {} ms in all, {} MiB",
-            report.blackout_us,
-            report.total_ms,
-            report.memory_bytes >> 20
-        );
-        println!("{:?}", report.phases);
-        let found = pair.target.probe(&vm.id).verify(LONG).expect("verified");
-        assert_eq!(found.pages_wrong, 0);
-    }
-}

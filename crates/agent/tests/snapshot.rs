@@ -227,29 +227,3 @@ async fn whatever_dies_in_a_snapshot_the_vm_is_as_it_was_and_the_next_one_works(
     host.task(&vm.id, start).await.expect("it starts from what is on the disk");
     host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
 }
-
-/// Not a test but a measurement: `cargo nextest run -p berth-agent --test snapshot --run-ignored only --no-capture`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "takes minutes and prints figures"]
-async fn figures_of_snapshots_and_restores() {
-    for (memory_mib, hot_mib) in [(2048, 600), (8192, 600), (8192, 2400)] {
-        let host = TestHost::start().await;
-        let vm = host.running_vm(memory_mib).await;
-        let settings = Settings { memory_mib: hot_mib, rate_mib_s: 100, hot_mib, rewrite: Rewrite::Whole };
-        host.probe(&vm.id).set(settings, LONG).expect("busy");
-        let taken = snapshot();
-        let facts = take(&host, &vm, &taken).await;
-        println!(
-            "{memory_mib} MiB, {hot_mib} rewritten: paused {} us, {} ms in all, {} passes, {} MiB stored",
-            facts.paused_us,
-            facts.total_ms,
-            facts.rounds,
-            facts.memory_stored_bytes >> 20
-        );
-        for _ in 0..3 {
-            let facts = restore(&host, &vm, &taken).await;
-            println!("{memory_mib} MiB, {hot_mib} rewritten: restored in {} us", facts.running_us);
-            host.probe(&vm.id).tick().expect("alive");
-        }
-    }
-}

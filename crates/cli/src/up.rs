@@ -29,7 +29,7 @@ use crate::exit::Failure;
 use crate::output::Output;
 use crate::session::Session;
 use directory::{Directory, MANAGER};
-use hosts::Knew;
+use hosts::ManagerWas;
 use record::{Mode, Record};
 
 /// How many hosts there are when nothing is said: the least with which a VM can move.
@@ -112,9 +112,10 @@ async fn bring_up(
     if record.mode == Mode::Root {
         network::bring_up(&directory, &mut record, arguments.link_mbit)?;
     }
-    let knew = if process::alive(&directory, MANAGER).is_some() { Knew::Running } else { Knew::Nothing };
+    let manager_was =
+        if process::alive(&directory, MANAGER).is_some() { ManagerWas::Running } else { ManagerWas::Stopped };
     let session = manager::bring_up(&directory, &mut record, output).await?;
-    hosts::bring_up(&directory, &mut record, &session, knew).await?;
+    hosts::bring_up(&directory, &mut record, &session, manager_was).await?;
     Ok((directory, record))
 }
 

@@ -17,7 +17,7 @@ use crate::disk::{FROZEN_MODE, no_space};
 use crate::durable::{self, FileError, blocking};
 use crate::layout::PoolDirs;
 use crate::qcow2;
-use crate::room::{LEFT_FREE_BYTES, Room};
+use crate::room::Room;
 use crate::services::Services;
 
 /// How many bytes are gathered before they are hashed and written, which is done on another thread. Less: more
@@ -79,12 +79,11 @@ impl Intake {
         let (path, size_bytes) = (intake.path.clone(), expected.size_bytes);
         let file = blocking(move || {
             let file = make_file(&directory, &path)?;
-            let size = rustix::fs::statvfs(&directory)
-                .map_err(|error| FileError::io(&directory, "looked at")(error.into()))?;
-            if size.f_bavail.saturating_mul(size.f_frsize) < size_bytes.saturating_add(LEFT_FREE_BYTES) {
-                return Err(no_space(&directory));
+            match Room::default().take(&file, size_bytes) {
+                Ok(()) => Ok(file),
+                Err(error) if durable::is_no_space(&error) => Err(no_space(&directory)),
+                Err(error) => Err(FileError::io(&directory, "looked at")(error).into()),
             }
-            Ok(file)
         })
         .await?;
         intake.sink = Some(Sink { file, room: Room::default(), hash: Sha256::new(), length: 0 });

@@ -60,7 +60,7 @@ impl ProcessLauncher {
         run_dir: PathBuf,
         probe_user: Option<u32>,
     ) -> io::Result<Self> {
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let boot_id = proc::boot_id()?;
         let kvm_group = sandbox::group_of(Path::new("/dev/kvm")).filter(|&group| group != 0);
         Ok(Self { binary, first_arguments, run_dir, boot_id, kvm_group, probe_user })
     }

@@ -90,13 +90,10 @@ pub async fn let_run<T>(
         Err(error) => error.into(),
     };
     // A marker that stays keeps the VM here: it is told to run again, which is no harm.
-    match blocking(move || Ok(marker.clear()?)).await {
-        Ok(()) => Err(NotRunning::Never(refusal)),
-        Err(problem) => {
-            tracing::error!(%problem, "the marker that the guest was told to run can't be taken back");
-            Err(NotRunning::Never(refusal))
-        }
+    if let Err(problem) = blocking(move || Ok(marker.clear()?)).await {
+        tracing::error!(%problem, "the marker that the guest was told to run can't be taken back");
     }
+    Err(NotRunning::Never(refusal))
 }
 
 /// Ends the process that waited and removes the files that came, unless they are the source's too. The guest must not

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
+use crate::launcher::process::proc;
 
 const SET: &[u8] = b"done\n";
 const CLEAR: &[u8] = &[0; SET.len()];
@@ -75,9 +76,7 @@ pub struct Marker {
 }
 
 fn boot_id() -> Result<String, FileError> {
-    let path = Path::new("/proc/sys/kernel/random/boot_id");
-    let text = fs::read_to_string(path).map_err(FileError::io(path, "read"))?;
-    Ok(text.trim().to_owned())
+    proc::boot_id().map_err(FileError::io(Path::new(proc::BOOT_ID), "read"))
 }
 
 impl Marker {

@@ -165,9 +165,9 @@ mod tests {
 
     use super::{Request, open};
 
-    fn ip(words: &[&str]) -> String {
-        let output = Command::new("ip").args(words).output().expect("ip runs");
-        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    fn ip(line: &str) -> String {
+        let output = Command::new("ip").args(line.split_whitespace()).output().expect("ip runs");
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("text")
     }
 
@@ -182,27 +182,16 @@ mod tests {
             // Deprecated because some of its flags are not safe; this one is.
             #[allow(deprecated)]
             rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("a network of our own");
-            ip(&["link", "add", "br0", "type", "bridge"]);
+            ip("link add br0 type bridge");
             // The highest that a vendor could have.
-            ip(&[
-                "link",
-                "add",
-                "port",
-                "address",
-                "fc:ff:ff:ff:ff:ff",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "far",
-            ]);
-            ip(&["link", "set", "port", "master", "br0", "up"]);
-            let before = ip(&["-o", "link", "show", "br0"]);
+            ip("link add port address fc:ff:ff:ff:ff:ff type veth peer name far");
+            ip("link set port master br0 up");
+            let before = ip("-o link show br0");
             assert!(before.contains("fc:ff:ff:ff:ff:ff"), "{before}");
             for number in 0..8 {
                 let request = Request { name: format!("t{number}"), bridge: "br0".to_owned(), owner: None };
                 let _tap = open(&request).expect("a tap");
-                let during = ip(&["-o", "link", "show", "br0"]);
+                let during = ip("-o link show br0");
                 assert!(during.contains("fc:ff:ff:ff:ff:ff"), "{during}");
             }
         };

@@ -31,11 +31,11 @@ const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a join token is good that is used at once.
 const JOIN_TOKEN_S: u64 = 300;
 
-/// What the manager's word about hosts is worth that it has not heard since.
+/// What the manager was before this: whether its word about hosts is news.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Knew {
+pub enum ManagerWas {
     /// It was started just now, and says what it remembers.
-    Nothing,
+    Stopped,
     /// It has been running, and says so when one is gone.
     Running,
 }
@@ -48,7 +48,7 @@ pub async fn bring_up(
     directory: &Directory,
     record: &mut Record,
     session: &Session,
-    knew: Knew,
+    manager_was: ManagerWas,
 ) -> Result<(), Failure> {
     let begun = now();
     choose_addresses(record)?;
@@ -58,7 +58,7 @@ pub async fn bring_up(
     for host in &record.hosts {
         let name = host.name.as_str();
         let runs = process::alive(directory, name).is_some();
-        if !runs || knew == Knew::Nothing {
+        if !runs || manager_was == ManagerWas::Stopped {
             to_be_heard.insert(host.name.clone());
         }
         if runs {

@@ -48,9 +48,7 @@ pub struct ProcessFile {
 /// # Errors
 /// When the kernel doesn't say.
 pub fn boot_id() -> Result<String> {
-    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .context("the kernel's boot id can't be read")?;
-    Ok(text.trim().to_owned())
+    berth_agent::launcher::process::proc::boot_id().context("the kernel's boot id can't be read")
 }
 
 /// Starts `berth` with these arguments in a session of its own, in a network namespace if one is named.

@@ -1,10 +1,21 @@
-//! What the kernel tells of processes.
+//! What the kernel tells of processes, and of its own run.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+
+/// Where the kernel names its present run.
+pub const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The present run of the machine: another one after each start.
+///
+/// # Errors
+/// When the kernel doesn't say.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string(BOOT_ID)?.trim().to_owned())
+}
 
 /// When a process started, in clock ticks since the machine's boot.
 ///

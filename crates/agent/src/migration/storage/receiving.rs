@@ -190,9 +190,7 @@ impl Disk {
             if offset > LENGTH_MAX {
                 return Err(nonsense("data far beyond any disk"));
             }
-            let taken = self.room.take(file, bytes.len() as u64);
-            let written = taken.and_then(|()| file.write_all_at(bytes, offset));
-            return Ok(written.map_err(FileError::io(path, "written"))?);
+            return write(&mut self.room, file, path, offset, bytes);
         }
         let length = self.offered(number)?.length_bytes;
         let whole = bytes.len() == CHUNK_BYTES || offset + bytes.len() as u64 == length;
@@ -202,9 +200,7 @@ impl Disk {
         }
         arriving.next_offset = offset + bytes.len() as u64;
         arriving.checksum.chunk(offset, bytes);
-        let taken = arriving.room.take(&arriving.file, bytes.len() as u64);
-        let written = taken.and_then(|()| arriving.file.write_all_at(bytes, offset));
-        Ok(written.map_err(FileError::io(&arriving.path, "written"))?)
+        write(&mut arriving.room, &arriving.file, &arriving.path, offset, bytes)
     }
 
     fn hole(&mut self, number: u32, offset: u64, length: u64) -> Result<(), Problem> {
@@ -292,6 +288,11 @@ impl Disk {
         path.push(UNFINISHED_SUFFIX);
         Ok(path.into())
     }
+}
+
+fn write(room: &mut Room, file: &File, path: &Path, offset: u64, bytes: &[u8]) -> Result<(), Problem> {
+    let written = room.take(file, bytes.len() as u64).and_then(|()| file.write_all_at(bytes, offset));
+    Ok(written.map_err(FileError::io(path, "written"))?)
 }
 
 /// Whether the VM's QEMU opens the file itself.
