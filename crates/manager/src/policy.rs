@@ -19,7 +19,6 @@ use berth_model::{TeamId, Timestamp};
 
 use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
-use crate::records::Row;
 
 pub mod book;
 pub mod engine;
@@ -150,11 +149,11 @@ impl Policies {
         if let Some(reason) = self.outside_scope(&book, principal, action, resource) {
             return Ok(Decision { policy_hash, ..Decision::denied(&reason) });
         }
-        let (slice, now) = (self.slice(&book, principal)?, self.cluster.clock.now());
+        let (slice, now) = (self.slice(&book, principal), self.cluster.clock.now());
         let teams = slice.as_ref().map(|slice| slice.teams.as_slice()).unwrap_or_default();
-        let set = slice.as_ref().map_or(&book.everybody, |slice| &slice.set);
+        let set = book.set_for(slice.as_deref(), action)?;
         let mut question = Question { principal, teams, action, resource, approved, now };
-        let Some(verdict) = self.engine.ask(set, &question)? else {
+        let Some(verdict) = self.engine.ask(&set, &question)? else {
             return Ok(Decision {
                 policy_hash,
                 ..Decision::denied(&self.misasked(principal, action, resource))
@@ -163,7 +162,7 @@ impl Policies {
         let needs_approval = match (verdict.allowed, approved) {
             (false, false) if verdict.by.iter().any(|id| approval_text(&book, id).is_some()) => {
                 question.approved = true;
-                let then = self.engine.ask(set, &question)?;
+                let then = self.engine.ask(&set, &question)?;
                 let texts = verdict.by.iter().filter_map(|id| approval_text(&book, id));
                 then.is_some_and(|then| then.allowed).then(|| texts.collect::<Vec<_>>().join("; "))
             }
@@ -174,29 +173,16 @@ impl Policies {
     }
 
     /// The caller's slice of the book; none for who is no user.
-    ///
-    /// # Errors
-    /// As [`Self::book`].
-    pub fn slice(&self, book: &Book, principal: &Principal) -> Result<Option<Arc<Slice>>, PolicyError> {
-        let Principal::User(user) = principal else { return Ok(None) };
-        match self.cluster.records.get::<User>(user.id.as_str()) {
-            Some(row) => self.slice_of(book, &row).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    /// A user's slice of the book.
-    ///
-    /// # Errors
-    /// As [`Self::book`].
-    pub fn slice_of(&self, book: &Book, user: &Row<User>) -> Result<Arc<Slice>, PolicyError> {
-        book.slice(user)
+    pub fn slice(&self, book: &Book, principal: &Principal) -> Option<Arc<Slice>> {
+        let Principal::User(user) = principal else { return None };
+        self.cluster.records.get::<User>(user.id.as_str()).map(|row| book.slice(&row))
     }
 
     /// The names of the teams that a user is in, directly or not.
     pub fn teams_of(&self, user: &UserPrincipal) -> Vec<TeamId> {
-        let slice = self.book().and_then(|book| self.slice(&book, &Principal::User(user.clone())));
-        slice.ok().flatten().map(|slice| slice.teams.clone()).unwrap_or_default()
+        let Ok(book) = self.book() else { return Vec::new() };
+        let row = self.cluster.records.get::<User>(user.id.as_str());
+        row.map(|row| book.slice(&row).teams.clone()).unwrap_or_default()
     }
 
     /// What would allow something, in a sentence, for who may know that the thing is there.
