@@ -50,6 +50,8 @@ pub struct Decision {
     pub by: Vec<String>,
     /// SHA-256 of all that could have decided, in hexadecimal.
     pub policy_hash: String,
+    /// A policy failed: that is why it is not allowed, and somebody has to look.
+    pub failed: bool,
     /// It would be allowed if a second person approved: what that is about.
     pub needs_approval: Option<String>,
 }
@@ -133,7 +135,7 @@ impl Policies {
                 alarm = "policy-failed",
                 "an access decision failed and was taken as a denial"
             );
-            Decision::denied(FAILED)
+            Decision { failed: true, ..Decision::denied(FAILED) }
         })
     }
 
@@ -169,7 +171,14 @@ impl Policies {
             _ => None,
         };
         let reason = self.reason(&book, &verdict);
-        Ok(Decision { allowed: verdict.allowed, reason, by: verdict.by, policy_hash, needs_approval })
+        Ok(Decision {
+            allowed: verdict.allowed,
+            reason,
+            by: verdict.by,
+            policy_hash,
+            failed: false,
+            needs_approval,
+        })
     }
 
     /// The caller's slice of the book; none for who is no user.
