@@ -57,6 +57,16 @@ impl ManagerConfig {
         self.pki_dir().join("ca.key")
     }
 
+    /// The key that the audit's checkpoints are signed with.
+    pub(crate) fn audit_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.key")
+    }
+
+    /// Its public half, which auditors need.
+    pub fn audit_public_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.pub")
+    }
+
     pub(crate) fn pki_dir(&self) -> PathBuf {
         self.state_dir.join("pki")
     }

@@ -16,6 +16,7 @@ use berth_api::pki::PkiError;
 use berth_api::tls::TlsError;
 use berth_model::Problem;
 use berth_store::{Revision, SqliteStore, Store};
+use berth_tlog::SigningKey;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -88,6 +89,9 @@ pub enum RunError {
     /// The policies are faulty.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// The audit's key.
+    #[error("the audit's key can't be used")]
+    AuditKey(#[from] berth_tlog::note::KeyError),
     /// Keys or certificates.
     #[error("the cluster's certificates can't be used")]
     Pki(#[from] PkiError),
@@ -113,8 +117,13 @@ impl Manager {
     pub async fn new(parts: Parts) -> Result<Self, RunError> {
         let (store, clock) = (Arc::clone(&parts.store), Arc::clone(&parts.clock));
         let ca = Fingerprint::of_pem(parts.authority.certificate_pem())?;
+        let key = match &parts.settings.audit_key {
+            Some(key) => Arc::clone(key),
+            None => Arc::new(SigningKey::generate(&audit_origin(ca))?),
+        };
         let cluster = Cluster::open(parts).await?;
-        let audit = Audit::open(store, clock).await?;
+        let audit = Audit::open(store, clock, key).await?;
+        cluster.write_down_in(audit.clone());
         let metrics = Arc::new(Metrics::new().with_all_kinds());
         let gate = Arc::new(Gate::new(cluster, Policies::built_in()?, audit, metrics, ca));
         let router = http::mount(Door::new(Arc::clone(&gate))).into_router();
@@ -184,6 +193,8 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         listener.local_addr().map_err(|source| RunError::Listen { address: config.listen, source })?;
     let clock = Arc::new(SystemClock);
     let authority = Arc::new(certificates::authority(&config, &*clock)?);
+    let origin = audit_origin(Fingerprint::of_pem(authority.certificate_pem())?);
+    let audit_key = certificates::audit_key(&config, &origin)?;
     let names = certificates::names(&config, address);
     let certificates = Certificates::issue(Arc::clone(&authority), names, clock.clone())?;
     let manager = Manager::new(Parts {
@@ -192,7 +203,7 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         clock,
         entropy: Arc::new(SystemEntropy),
         authority,
-        settings: Settings { addresses: config.addresses },
+        settings: Settings { addresses: config.addresses, audit_key: Some(Arc::new(audit_key)) },
     })
     .await?;
     if let Some(first) = manager.first_start() {
@@ -226,6 +237,7 @@ impl Bound {
     pub async fn serve(self, mut stop: watch::Receiver<bool>) -> Result<(), RunError> {
         self.manager.start().await?;
         tracing::info!(address = %self.address, "the manager listens");
+        let cluster = Arc::clone(self.manager.cluster());
         let (stopping, stopped) = watch::channel(false);
         let serving = berth_api::serve::serve(
             self.listener,
@@ -235,7 +247,7 @@ impl Bound {
         );
         let ended = tokio::select! {
             () = serving => Ok(()),
-            () = self.certificates.keep_fresh() => Ok(()),
+            () = self.certificates.keep_fresh(|result| renewed(&cluster, result)) => Ok(()),
             error = store_failed(&*self.store) => Err(RunError::Store(error)),
             _ = stop.wait_for(|stopped| *stopped) => Ok(()),
         };
@@ -252,6 +264,17 @@ impl Bound {
 /// As [`bind`] and [`Bound::serve`].
 pub async fn run(config: ManagerConfig, stop: watch::Receiver<bool>) -> Result<(), RunError> {
     bind(config).await?.serve(stop).await
+}
+
+/// The name of this cluster's audit: no other cluster has the same CA.
+fn audit_origin(ca: Fingerprint) -> String {
+    let ca = ca.to_string();
+    format!("berth-audit/{}", ca.get(..16).unwrap_or(&ca))
+}
+
+/// Writes down that the manager's certificate was renewed, or was not.
+fn renewed(cluster: &Cluster, result: &str) {
+    cluster.did_by_itself("certificates", "certificate.renew", "manager", result);
 }
 
 /// Returns when the store does not work any more.

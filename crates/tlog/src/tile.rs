@@ -14,6 +14,8 @@ pub const TILE_HEIGHT: u32 = 8;
 pub const TILE_WIDTH: usize = 1 << TILE_HEIGHT;
 /// The same, for counting leaves.
 pub const TILE_LEAVES: u64 = 1 << TILE_HEIGHT;
+/// How many bytes a full tile's hashes have.
+pub const HASH_TILE_BYTES: usize = TILE_WIDTH * crate::hash::HASH_BYTES;
 
 /// Names a tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -14,6 +14,7 @@ use http::request::Parts;
 
 use super::target::{self, Located, TheHost, TheImage, TheSegment, TheVm};
 use super::{Arrival, Gate, Input, not_allowed};
+use crate::audit::Named;
 use crate::auth::Principal;
 use crate::cluster::Cluster;
 use crate::policy::{Decision, Resource};
@@ -64,12 +65,13 @@ pub struct Ctx {
     pub request_id: String,
     /// From where.
     pub remote: SocketAddr,
+    named: Named,
 }
 
 impl Ctx {
     pub(super) fn new(gate: Arc<Gate>, principal: Principal, arrival: &Arrival) -> Self {
         let (request_id, remote) = (arrival.request_id.clone(), arrival.caller.remote);
-        Self { gate, principal, request_id, remote }
+        Self { gate, principal, request_id, remote, named: arrival.named.clone() }
     }
 
     /// The cluster.
@@ -136,6 +138,7 @@ impl Ctx {
         absent: &Resource,
     ) -> Result<T, Problem> {
         let resource = found.as_ref().map_or(absent, |located| &located.resource);
+        self.named.add(resource.label());
         if self.decide(action, resource).allowed {
             Ok(found?.target)
         } else {

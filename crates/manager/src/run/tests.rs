@@ -183,7 +183,7 @@ async fn the_managers_certificate_is_renewed_by_itself_before_it_ends() {
         client.changed().await.expect("a new one");
     };
     tokio::select! {
-        () = certificates.keep_fresh() => unreachable!("it goes on for ever"),
+        () = certificates.keep_fresh(|_| ()) => unreachable!("it goes on for ever"),
         () = renewed => {}
     }
     assert!(!Arc::ptr_eq(&first, &server.borrow()));
