@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::forward::AuditConfig;
 use crate::workflow::addresses::AddressRange;
 
 /// The port that the manager listens on when nothing is said.
@@ -28,6 +29,8 @@ pub struct ManagerConfig {
     /// of showing it on the terminal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_file: Option<PathBuf>,
+    /// Where audit records are sent on to.
+    pub audit: AuditConfig,
 }
 
 impl Default for ManagerConfig {
@@ -38,6 +41,7 @@ impl Default for ManagerConfig {
             certificate_names: Vec::new(),
             addresses: None,
             first_token_file: None,
+            audit: AuditConfig::default(),
         }
     }
 }

@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::agents::TlsConnector;
+use crate::audit::forward::{self, ForwardError, Forwarder};
 use crate::audit::{Audit, AuditError};
 use crate::auth::accounts::JoinTokenRow;
 use crate::clock::{SystemClock, SystemEntropy};
@@ -89,6 +90,9 @@ pub enum RunError {
     /// The policies are faulty.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// Where the audit is to be sent on to.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     /// The audit's key.
     #[error("the audit's key can't be used")]
     AuditKey(#[from] berth_tlog::note::KeyError),
@@ -152,6 +156,14 @@ impl Manager {
         self.router.clone()
     }
 
+    /// Begins to send audit records on.
+    pub fn forward(&self, forwarders: Vec<Forwarder>) {
+        for forwarder in forwarders {
+            let running = forwarder.run(self.gate.audit.clone(), Arc::clone(&self.gate.metrics));
+            self.gate.cluster.spawn(running);
+        }
+    }
+
     /// The cluster.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.gate.cluster
@@ -176,6 +188,7 @@ pub struct Bound {
     listener: TcpListener,
     address: SocketAddr,
     certificates: Certificates,
+    forwarders: Vec<Forwarder>,
 }
 
 /// Opens the store, makes or loads the certificates, makes the first administrator if there is none, and listens.
@@ -183,6 +196,7 @@ pub struct Bound {
 /// # Errors
 /// When any of that fails; nothing is left half made that the next start could not go on with.
 pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
+    let forwarders = forward::prepare(&config.audit)?;
     certificates::make_private_dir(&config.state_dir)?;
     let steady = Arc::new(berth_store::SystemClock::new());
     let store = Arc::new(SqliteStore::open(config.store_path(), steady).await?);
@@ -210,7 +224,7 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         first_start::announce(&first, config.first_token_file.as_deref())?;
         first.commit(manager.cluster()).await?;
     }
-    Ok(Bound { manager, store, listener, address, certificates })
+    Ok(Bound { manager, store, listener, address, certificates, forwarders })
 }
 
 impl Bound {
@@ -236,6 +250,7 @@ impl Bound {
     /// anything down is better started anew.
     pub async fn serve(self, mut stop: watch::Receiver<bool>) -> Result<(), RunError> {
         self.manager.start().await?;
+        self.manager.forward(self.forwarders);
         tracing::info!(address = %self.address, "the manager listens");
         let cluster = Arc::clone(self.manager.cluster());
         let (stopping, stopped) = watch::channel(false);
