@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use berth_api::manager::AuditRecord;
-use berth_manager::audit::{ALLOW, Audit, End};
+use berth_manager::audit::{ALLOW, Audit, End, OtherKey};
 use berth_manager::clock::{Clock, SystemClock};
 use berth_store::SqliteStore;
 use berth_tlog::SigningKey;
@@ -31,7 +31,8 @@ async fn main() -> Result<(), Failed> {
     let path = directory.join(format!("audit-rate-{}.sqlite", std::process::id()));
     let store = Arc::new(SqliteStore::open(&path, Arc::new(berth_store::SystemClock::new())).await?);
     let key = Arc::new(SigningKey::generate("berth-audit/bench")?);
-    let audit = Audit::open(Arc::<SqliteStore>::clone(&store), Arc::new(SystemClock), key).await?;
+    let audit =
+        Audit::open(Arc::<SqliteStore>::clone(&store), Arc::new(SystemClock), key, OtherKey::Refused).await?;
 
     let (start, before) = (Instant::now(), audit.size());
     callers(&audit, CALLERS_AT_ONCE, Duration::ZERO, start + Duration::from_secs(seconds)).await?;

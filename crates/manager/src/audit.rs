@@ -100,6 +100,15 @@ impl From<berth_store::Error> for AuditError {
     }
 }
 
+/// What to do about a log whose last checkpoint was signed with another key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherKey {
+    /// Somebody who can write the store and has not the key may have written it: don't start.
+    Refused,
+    /// The key was replaced on purpose, or is one of a test: go on with the new one.
+    Accepted,
+}
+
 /// How a request ended.
 #[derive(Debug, Clone)]
 pub struct End {
@@ -183,9 +192,11 @@ impl Audit {
         store: Arc<dyn Store>,
         clock: Arc<dyn Clock>,
         key: Arc<SigningKey>,
+        other_key: OtherKey,
     ) -> Result<Self, AuditError> {
         let under_way = UnderWay::default();
-        let writer = Writer::open(Arc::clone(&store), Arc::clone(&key), Arc::clone(&under_way)).await?;
+        let writer =
+            Writer::open(Arc::clone(&store), Arc::clone(&key), other_key, Arc::clone(&under_way)).await?;
         let tree = writer.subscribe();
         let (sender, receiver) = mpsc::unbounded_channel();
         tokio::spawn(writer.run(receiver));

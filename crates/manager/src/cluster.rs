@@ -49,6 +49,8 @@ pub struct Settings {
     pub addresses: Option<AddressRange>,
     /// What the audit's checkpoints are signed with; none: a key that is forgotten with this manager, for tests.
     pub audit_key: Option<Arc<berth_tlog::SigningKey>>,
+    /// Whether to go on with a log that was signed with another key.
+    pub audit_new_key: bool,
 }
 
 /// One cluster.

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 
 use crate::agents::TlsConnector;
 use crate::audit::forward::{self, ForwardError, Forwarder};
-use crate::audit::{Audit, AuditError};
+use crate::audit::{Audit, AuditError, OtherKey};
 use crate::auth::accounts::JoinTokenRow;
 use crate::clock::{SystemClock, SystemEntropy};
 use crate::cluster::{Cluster, Settings};
@@ -121,12 +121,13 @@ impl Manager {
     pub async fn new(parts: Parts) -> Result<Self, RunError> {
         let (store, clock) = (Arc::clone(&parts.store), Arc::clone(&parts.clock));
         let ca = Fingerprint::of_pem(parts.authority.certificate_pem())?;
-        let key = match &parts.settings.audit_key {
-            Some(key) => Arc::clone(key),
-            None => Arc::new(SigningKey::generate(&audit_origin(ca))?),
+        let (key, other_key) = match (&parts.settings.audit_key, parts.settings.audit_new_key) {
+            (Some(key), false) => (Arc::clone(key), OtherKey::Refused),
+            (Some(key), true) => (Arc::clone(key), OtherKey::Accepted),
+            (None, _) => (Arc::new(SigningKey::generate(&audit_origin(ca))?), OtherKey::Accepted),
         };
         let cluster = Cluster::open(parts).await?;
-        let audit = Audit::open(store, clock, key).await?;
+        let audit = Audit::open(store, clock, key, other_key).await?;
         cluster.write_down_in(audit.clone());
         let metrics = Arc::new(Metrics::new().with_all_kinds());
         let gate = Arc::new(Gate::new(cluster, Policies::built_in()?, audit, metrics, ca));
@@ -217,7 +218,11 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         clock,
         entropy: Arc::new(SystemEntropy),
         authority,
-        settings: Settings { addresses: config.addresses, audit_key: Some(Arc::new(audit_key)) },
+        settings: Settings {
+            addresses: config.addresses,
+            audit_key: Some(Arc::new(audit_key)),
+            audit_new_key: config.audit.accept_new_key,
+        },
     })
     .await?;
     if let Some(first) = manager.first_start() {

@@ -37,6 +37,9 @@ const AGAIN_AFTER_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuditConfig {
+    /// The key in `pki/audit.key` was lost and a new one made: go on with it although the log was signed with another.
+    /// To be set for one start.
+    pub accept_new_key: bool,
     /// Where records are sent on to.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub forward: Vec<Destination>,

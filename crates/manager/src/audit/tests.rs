@@ -26,7 +26,7 @@ async fn open_on(store: Arc<dyn Store>) -> Audit {
 }
 
 async fn open_with(store: Arc<dyn Store>, key: &Arc<SigningKey>) -> Audit {
-    Audit::open(store, Arc::new(SystemClock), Arc::clone(key)).await.expect("an audit")
+    Audit::open(store, Arc::new(SystemClock), Arc::clone(key), OtherKey::Refused).await.expect("an audit")
 }
 
 fn record(request: &str) -> AuditRecord {
@@ -113,7 +113,8 @@ async fn the_start_is_down_when_begin_returns() {
 #[tokio::test]
 async fn what_a_dead_manager_left_open_is_marked_and_nothing_else() {
     let store = memory();
-    let first = open_on(store.clone()).await;
+    let key = signing_key();
+    let first = open_with(store.clone(), &key).await;
     let mut left = Vec::new();
     for number in 0..250 {
         let open = first.begin(record(&format!("GET /{number}"))).await.expect("begun");
@@ -124,7 +125,7 @@ async fn what_a_dead_manager_left_open_is_marked_and_nothing_else() {
     first.flush().await;
     // As after kill -9: nothing is said any more.
     left.into_iter().for_each(std::mem::forget);
-    let second = open_on(store.clone()).await;
+    let second = open_with(store.clone(), &key).await;
     assert_eq!(second.size(), 250, "the numbers go on");
     drop(second.begin(record("GET /y")).await.expect("begun"));
     let records = all(&second).await;
@@ -134,7 +135,7 @@ async fn what_a_dead_manager_left_open_is_marked_and_nothing_else() {
     marked.sort_unstable();
     assert_eq!(marked, ["GET /142", "GET /242", "GET /42"]);
     assert!(records.iter().all(|record| record.interrupted != record.finished_at.is_some()));
-    let third = open_on(store).await;
+    let third = open_with(store, &key).await;
     assert_eq!(all(&third).await, records, "a second start marks nothing again");
 }
 
@@ -402,7 +403,9 @@ impl Clock for Ticking {
 
 #[tokio::test]
 async fn any_stretch_of_time_is_exported_whole_and_can_be_verified() {
-    let audit = Audit::open(memory(), Arc::new(Ticking::default()), signing_key()).await.expect("an audit");
+    let audit = Audit::open(memory(), Arc::new(Ticking::default()), signing_key(), OtherKey::Refused)
+        .await
+        .expect("an audit");
     for round in [300u64, 468] {
         for number in 0..round {
             audit.record_system("test", "tick", &number.to_string(), OK);
@@ -418,7 +421,9 @@ async fn any_stretch_of_time_is_exported_whole_and_can_be_verified() {
             assert_eq!(found.first..found.end, expected, "{since} {until}");
         }
     }
-    let odd = Audit::open(memory(), Arc::new(Ticking::default()), signing_key()).await.expect("an audit");
+    let odd = Audit::open(memory(), Arc::new(Ticking::default()), signing_key(), OtherKey::Refused)
+        .await
+        .expect("an audit");
     assert!(check(&export(&odd, None, None).await, &odd).is_whole(), "a log without records");
     for _ in 0..300 {
         odd.record_system("test", "tick", "x", OK);
@@ -437,14 +442,28 @@ async fn a_store_that_was_tampered_with_stops_the_start() {
     let leaves = store.list(Query::prefix("/audit/leaves/000000000001/")).await.expect("leaves").entries;
     let text = String::from_utf8(leaves[0].value.to_vec()).expect("text").replace("somebody", "nobody!!");
     store.put(&leaves[0].key, text.into()).await.expect("tampered");
-    let refused = Audit::open(store.clone(), Arc::new(SystemClock), Arc::clone(&key)).await.err();
+    let refused =
+        Audit::open(store.clone(), Arc::new(SystemClock), Arc::clone(&key), OtherKey::Refused).await.err();
     assert!(matches!(refused, Some(AuditError::Damaged { .. })), "{refused:?}");
     store.put(&leaves[0].key, leaves[0].value.clone()).await.expect("mended");
     open_with(store.clone(), &key).await;
     let head = store.get("/audit/head").await.expect("a store").expect("a head");
     let text = String::from_utf8(head.value.to_vec()).expect("text").replace("300", "299");
     store.put("/audit/head", text.into()).await.expect("tampered");
-    assert!(Audit::open(store, Arc::new(SystemClock), key).await.is_err());
+    assert!(Audit::open(store, Arc::new(SystemClock), key, OtherKey::Refused).await.is_err());
+}
+
+#[tokio::test]
+async fn a_log_that_another_key_signed_is_gone_on_with_only_on_purpose() {
+    let (store, clock) = (memory(), Arc::new(SystemClock));
+    fill(&open_on(store.clone()).await, 3).await;
+    let forger = signing_key();
+    let refused =
+        Audit::open(store.clone(), clock.clone(), Arc::clone(&forger), OtherKey::Refused).await.err();
+    assert!(matches!(refused, Some(AuditError::Damaged { .. })), "{refused:?}");
+    let on = Audit::open(store.clone(), clock.clone(), Arc::clone(&forger), OtherKey::Accepted).await;
+    fill(&on.expect("on purpose"), 3).await;
+    Audit::open(store, clock, forger, OtherKey::Refused).await.expect("from then on it is the log's key");
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ use berth_store::{Revision, Store};
 use berth_tlog::tile::{self, TILE_HEIGHT, TILE_LEAVES, TILE_WIDTH, TileId};
 use berth_tlog::{Checkpoint, Frontier, Hash, SigningKey};
 
-use super::AuditError;
 use super::layout::{self, HEAD_KEY, Head, damaged};
+use super::{AuditError, OtherKey};
 
 /// A tree, with the checkpoint that is signed for it.
 #[derive(Debug, Clone)]
@@ -32,7 +32,11 @@ impl Tree {
     }
 
     /// Reads it, and checks that it is what was signed.
-    pub async fn load(store: &dyn Store, key: &SigningKey) -> Result<(Self, Revision), AuditError> {
+    pub async fn load(
+        store: &dyn Store,
+        key: &SigningKey,
+        other_key: OtherKey,
+    ) -> Result<(Self, Revision), AuditError> {
         let Some(entry) = store.get(HEAD_KEY).await? else {
             return Ok((Self::empty(key), Revision::ABSENT));
         };
@@ -63,15 +67,20 @@ impl Tree {
             partial,
             note: head.note,
         };
-        tree.check(key)?;
+        tree.check(key, other_key)?;
         Ok((tree, entry.mod_revision))
     }
 
-    /// What was signed is what is there. A note of another key than today's is one of a key that was replaced: whether
-    /// to believe it is for those who hold that key.
-    fn check(&self, key: &SigningKey) -> Result<(), AuditError> {
+    /// What was signed is what is there. A note of another key than today's is one of a key that was replaced, or of
+    /// somebody who could write the store and not read the key; which of them, nobody here can tell.
+    fn check(&self, key: &SigningKey, other_key: OtherKey) -> Result<(), AuditError> {
         use berth_tlog::note::NoteError;
         let signed = match Checkpoint::open(&self.note, std::slice::from_ref(key.public())) {
+            Err(NoteError::UnknownKey) if other_key == OtherKey::Refused => {
+                let detail = "its last checkpoint was not signed with pki/audit.key: put that file back from a backup; \
+                              if it is lost, set accept_new_key under [audit] for one start";
+                return Err(AuditError::Damaged { detail: detail.to_owned() });
+            }
             Err(NoteError::UnknownKey) => {
                 tracing::warn!("the audit's key is not the one that its last checkpoint was signed with");
                 Checkpoint::parse(&self.note).ok_or_else(|| damaged(HEAD_KEY))?

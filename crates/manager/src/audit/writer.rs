@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 use super::layout::{self, HEAD_KEY, Head, OPEN_PER_ENTRY, OPEN_PREFIX, Started, open_key};
 use super::tree::{Changed, Tree};
-use super::{AuditError, End, UnderWay};
+use super::{AuditError, End, OtherKey, UnderWay};
 
 /// Most messages that are taken in at once.
 const QUEUE_MAX: usize = 4096;
@@ -103,9 +103,10 @@ impl Writer {
     pub async fn open(
         store: Arc<dyn Store>,
         key: Arc<SigningKey>,
+        other_key: OtherKey,
         under_way: UnderWay,
     ) -> Result<Self, AuditError> {
-        let (tree, head_revision) = Tree::load(&*store, &key).await?;
+        let (tree, head_revision) = Tree::load(&*store, &key, other_key).await?;
         let mut writer = Self {
             store,
             key,

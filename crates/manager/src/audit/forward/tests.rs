@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
-use crate::audit::{AuditRecord, End, OK};
+use crate::audit::{AuditRecord, End, OK, OtherKey};
 use crate::clock::{Clock as _, SystemClock};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -28,7 +28,9 @@ fn store() -> Arc<MemoryStore> {
 
 async fn audit_on(store: &Arc<MemoryStore>) -> Audit {
     let key = Arc::new(SigningKey::generate("berth-audit/test").expect("a key"));
-    Audit::open(Arc::<MemoryStore>::clone(store), Arc::new(SystemClock), key).await.expect("an audit")
+    Audit::open(Arc::<MemoryStore>::clone(store), Arc::new(SystemClock), key, OtherKey::Refused)
+        .await
+        .expect("an audit")
 }
 
 async fn fill(audit: &Audit, count: u32) {
@@ -40,12 +42,18 @@ async fn fill(audit: &Audit, count: u32) {
 
 fn forwarder(toml_like: serde_json::Value) -> Forwarder {
     let destination: Destination = serde_json::from_value(toml_like).expect("a destination");
-    prepare(&AuditConfig { forward: vec![destination] }).expect("usable").pop().expect("one")
+    prepare(&AuditConfig { forward: vec![destination], ..AuditConfig::default() })
+        .expect("usable")
+        .pop()
+        .expect("one")
 }
 
 fn refused(toml_like: serde_json::Value) -> String {
     let destination: Destination = serde_json::from_value(toml_like).expect("a destination");
-    prepare(&AuditConfig { forward: vec![destination] }).err().expect("refused").to_string()
+    prepare(&AuditConfig { forward: vec![destination], ..AuditConfig::default() })
+        .err()
+        .expect("refused")
+        .to_string()
 }
 
 /// Runs it until it is dropped.
