@@ -21,7 +21,15 @@ use subtle::ConstantTimeEq;
 
 pub mod accounts;
 
+pub mod directory;
+pub mod external;
+mod https;
+pub mod lockout;
+pub mod oidc;
+pub mod password;
+pub mod settings;
 pub mod strangers;
+pub mod totp;
 
 /// How many random bytes a secret has.
 pub const SECRET_BYTES: usize = 32;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::copy::Table;
 use crate::auth::accounts::{JoinTokenRow, TokenRow};
+use crate::auth::lockout::LockRow;
 use crate::http::image::ImageUpload;
 use crate::operations::OperationRow;
 
@@ -41,6 +42,7 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<TokenRow>,
     Table::of::<JoinTokenRow>,
     Table::of::<ImageUpload>,
+    Table::of::<LockRow>,
 ];
 
 macro_rules! records {
