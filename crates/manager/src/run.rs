@@ -116,7 +116,8 @@ impl Manager {
         let cluster = Cluster::open(parts).await?;
         let audit = Audit::open(store, clock).await?;
         let metrics = Arc::new(Metrics::new().with_all_kinds());
-        let gate = Arc::new(Gate::new(cluster, Policies::built_in()?, audit, metrics, ca));
+        let policies = Policies::open(Arc::clone(&cluster))?;
+        let gate = Arc::new(Gate::new(cluster, policies, audit, metrics, ca));
         let router = http::mount(Door::new(Arc::clone(&gate))).into_router();
         Ok(Self { gate, router })
     }
@@ -146,6 +147,11 @@ impl Manager {
     /// The cluster.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.gate.cluster
+    }
+
+    /// What the door needs to judge requests.
+    pub const fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// The audit.

@@ -93,10 +93,9 @@ impl Arrival {
         &self,
         principal: &Principal,
         resource: &Resource,
-        reason: &str,
+        decision: Decision,
         problem: Problem,
     ) -> Response<Body> {
-        let decision = Decision { allowed: false, reason: reason.to_owned() };
         match self.begin(principal.actor(), resource, &decision).await {
             Ok(open) => self.conclude(Err(problem), Some(open)),
             Err(unwritten) => self.conclude(Err(unwritten), None),
@@ -108,7 +107,7 @@ impl Arrival {
         if !self.is_worth_a_record(&self.gate.refused) {
             return self.conclude(Err(problem), None);
         }
-        self.refuse(&Principal::Anonymous, &Resource::cluster(), reason, problem).await
+        self.refuse(&Principal::Anonymous, &Resource::cluster(), Decision::denied(reason), problem).await
     }
 
     /// Makes the answer, and says in the record how it ended.

@@ -1,6 +1,6 @@
 //! The door from outside: requests in, answers and records out, without a socket.
 
-mod access;
+pub mod access;
 mod coverage;
 mod enrolment;
 mod hangups;

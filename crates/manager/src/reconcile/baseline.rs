@@ -99,7 +99,7 @@ impl Watch {
             name: None,
             note: "taken when the guest was first ready".to_owned(),
         };
-        match cluster.operations.begin(Begin { actor: ACTOR.to_owned(), request, if_match: None }).await {
+        match cluster.operations.begin(Begin::new(ACTOR, request)).await {
             Ok(begun) => {
                 if let Some(operation) = begun.operation {
                     self.tries.insert(id.clone(), operation.id);

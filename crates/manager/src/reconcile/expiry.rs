@@ -9,6 +9,7 @@ use berth_model::vm::Vm;
 
 use super::baseline::ACTOR;
 use crate::cluster::Cluster;
+use crate::http::segment::call_vms_after_their_segments;
 use crate::operations::{Begin, OperationRequest, OperationRow};
 use crate::records::{Records, RecordsError, Transaction};
 
@@ -22,6 +23,9 @@ const OPERATIONS_KEPT: usize = 10_000;
 pub(super) async fn keep(cluster: Arc<Cluster>) {
     loop {
         expire_snapshots(&cluster).await;
+        if let Err(error) = call_vms_after_their_segments(&cluster).await {
+            tracing::error!(%error, "VMs can't be called after their renamed segments");
+        }
         cluster.watchers.forget_fences(|vm| cluster.records.get::<Vm>(vm.as_str()).is_some());
         if let Err(error) = forget_operations(&cluster.records).await {
             tracing::error!(%error, "old operations can't be removed");
@@ -39,7 +43,7 @@ async fn expire_snapshots(cluster: &Arc<Cluster>) {
         }
         let request =
             OperationRequest::SnapshotDelete { vm: snapshot.vm.clone(), snapshot: snapshot.value.id.clone() };
-        let begin = Begin { actor: ACTOR.to_owned(), request, if_match: None };
+        let begin = Begin::new(ACTOR, request);
         if let Err(problem) = cluster.operations.begin(begin).await {
             // Its VM is being changed or its host is away: in a minute again.
             tracing::debug!(snapshot = snapshot.id, %problem, "an expired snapshot stays for now");
