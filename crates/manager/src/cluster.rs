@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agents::{AgentConnector, Agents};
+use crate::auth::login::Logins;
+use crate::auth::settings::LoginSettings;
 use crate::clock::{Clock, Entropy};
 use crate::operations::Operations;
 use crate::operations::interfere::Interference;
@@ -46,6 +48,8 @@ pub struct Parts {
 pub struct Settings {
     /// The addresses that VMs are given; none: they ask by DHCP.
     pub addresses: Option<AddressRange>,
+    /// How people log in.
+    pub login: LoginSettings,
 }
 
 /// One cluster.
@@ -66,6 +70,8 @@ pub struct Cluster {
     pub authority: Arc<Authority>,
     /// What was set.
     pub settings: Settings,
+    /// Logging in, and the sessions that came of it.
+    pub logins: Logins,
     pub(crate) interference: Option<Arc<dyn Interference>>,
     deciding: Mutex<()>,
     fetching: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
@@ -96,6 +102,7 @@ impl Cluster {
             operations: Operations::new(this.clone()),
             agents: Agents::new(Arc::clone(&parts.connector)),
             watchers: Watchers::new(),
+            logins: Logins::new(parts.settings.login.clone(), &*parts.entropy),
             clock: parts.clock,
             entropy: parts.entropy,
             authority: parts.authority,

@@ -28,6 +28,9 @@ pub struct ManagerConfig {
     /// of showing it on the terminal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_file: Option<PathBuf>,
+    /// The file that says how people log in (`login.toml`); none: with passwords of Berth's own alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login: Option<PathBuf>,
 }
 
 impl Default for ManagerConfig {
@@ -38,6 +41,7 @@ impl Default for ManagerConfig {
             certificate_names: Vec::new(),
             addresses: None,
             first_token_file: None,
+            login: None,
         }
     }
 }

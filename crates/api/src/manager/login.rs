@@ -18,7 +18,16 @@ macro_rules! secret_debug {
     )*};
 }
 
-secret_debug!(LoginRequest, LoginAnswer, LoginReply, ChangePassword, Code, TotpOffer, RecoveryCodes, SetPassword);
+secret_debug!(
+    LoginRequest,
+    LoginAnswer,
+    LoginReply,
+    ChangePassword,
+    Code,
+    TotpOffer,
+    RecoveryCodes,
+    SetPassword
+);
 secret_debug!(NewPassword, EnrolTotp);
 
 /// A walk in a path.
@@ -42,12 +51,11 @@ pub struct SessionPath {
     pub session: TokenId,
 }
 
-/// Who somebody is elsewhere, in a path.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct IdentityPath {
-    /// The user: id or name.
-    pub user: String,
-    /// The identity's id.
+/// Which identity.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct IdentityQuery {
+    /// Its id.
+    #[serde(default)]
     pub identity: String,
 }
 
@@ -178,8 +186,11 @@ pub struct Session {
     pub user: UserId,
     /// The user's name.
     pub user_name: Name,
-    /// How the user logged in: `password`, `password+totp`, `oidc:NAME`, `ldap:NAME`.
+    /// How the user logged in: `password`, `oidc:NAME`, `ldap:NAME`.
     pub method: String,
+    /// Whether a code of an authenticator app, or a recovery code, was part of it.
+    #[serde(default)]
+    pub second_factor: bool,
     /// From where.
     pub address: String,
     /// Since when.

@@ -79,12 +79,14 @@ pub struct Directory {
 
 impl Directory {
     /// One that nobody has connected to yet.
-    ///
-    /// # Errors
-    /// When TLS can't be set up.
-    pub fn new(settings: LdapSettings) -> Result<Self, rustls::Error> {
-        let tls = settings.roots.client()?;
-        Ok(Self { settings, tls })
+    pub fn new(settings: LdapSettings) -> Self {
+        let tls = settings.roots.client();
+        Self { settings, tls }
+    }
+
+    /// What makes its subjects unique.
+    pub fn issuer(&self) -> String {
+        format!("ldap:{}", self.settings.name)
     }
 
     /// Who has this name and password.
@@ -129,7 +131,7 @@ impl Directory {
         })?;
         Ok(External {
             source: self.settings.name.clone(),
-            issuer: format!("ldap:{}", self.settings.name),
+            issuer: self.issuer(),
             subject,
             name: value(&entry, &self.settings.name_attribute).map(str::to_owned),
             groups: tidy_groups(groups).ok_or_else(|| self.too_many_groups())?,
