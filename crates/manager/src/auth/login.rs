@@ -647,3 +647,33 @@ fn random(cluster: &Arc<Cluster>) -> String {
     cluster.entropy.fill(&mut bytes);
     URL_SAFE_NO_PAD.encode(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemEntropy;
+
+    #[test]
+    fn a_flood_of_walks_takes_no_more_room_than_allowed_and_pushes_out_its_own_first() {
+        let logins = Logins::new(LoginSettings::default(), &SystemEntropy);
+        let now = Timestamp::from_millis(1_800_000_000_000);
+        let state = || {
+            let proof = Proof { method: "password".to_owned(), second_factor: false };
+            State::Code { who: Who { user: UserId::from_entropy([1; 10]), proof }, wrong: 0 }
+        };
+        let at = |address: [u8; 4]| From { address: address.into(), now };
+        logins.put("mine".to_owned(), at([192, 0, 2, 1]), WALK_MS, state());
+        for number in 0..10_000 {
+            logins.put(format!("flood-{number}"), at([198, 51, 100, 7]), WALK_MS, state());
+        }
+        assert_eq!(logins.walks.lock().expect("no panic").len(), WALKS_PER_ADDRESS_MAX + 1);
+        assert!(logins.take("mine", at([192, 0, 2, 1])).is_ok());
+        for number in 0..10_000u32 {
+            logins.put(format!("many-{number}"), at(number.to_be_bytes()), WALK_MS, state());
+        }
+        assert!(logins.walks.lock().expect("no panic").len() <= WALKS_MAX);
+        let later = From { now: now.plus_millis(WALK_MS), ..at([0, 0, 0, 1]) };
+        assert!(logins.take("many-1", later).is_err());
+        assert_eq!(logins.walks.lock().expect("no panic").len(), 0, "what is over is forgotten");
+    }
+}

@@ -4,6 +4,8 @@ pub mod access;
 mod coverage;
 mod enrolment;
 mod hangups;
+mod login;
+mod login_walk;
 mod nonsense;
 mod reading;
 pub(crate) mod support;

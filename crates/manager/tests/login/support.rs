@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_api::transport::{self, TlsTransport};
-use berth_api::{Client, Transport, pki, tls};
+use berth_api::{Transport, pki, tls};
 use berth_manager::ManagerConfig;
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
@@ -66,7 +66,6 @@ pub fn write_private(path: &Path, text: &str) -> PathBuf {
 pub struct World {
     _dir: TempDir,
     _stop: watch::Sender<bool>,
-    pub address: String,
     transport: Arc<TlsTransport>,
     admin: String,
 }
@@ -107,16 +106,11 @@ impl World {
         let address = bound.address().to_string();
         let name = tls::server_name(pki::MANAGER_NAME).expect("a name");
         let client = tls::client_config(bound.ca_pem(), None).expect("TLS");
-        let transport = Arc::new(TlsTransport::new(address.clone(), name, client));
+        let transport = Arc::new(TlsTransport::new(address, name, client));
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(bound.serve(stopped));
         let admin = fs::read_to_string(token_file).expect("the first token").trim().to_owned();
-        Self { _dir: dir, _stop: stop, address, transport, admin }
-    }
-
-    pub fn client(&self, token: &str) -> Client {
-        let transport: Arc<dyn Transport> = Arc::<TlsTransport>::clone(&self.transport);
-        Client::new(transport).with_token(token)
+        Self { _dir: dir, _stop: stop, transport, admin }
     }
 
     pub async fn ask(&self, method: &str, path: &str, token: Option<&str>, body: Value) -> Got {

@@ -19,7 +19,7 @@ server.listen(0, '127.0.0.1', () => {
     clients: [
       {
         client_id: 'berth',
-        client_secret: 'a secret of the test with ü and :',
+        client_secret: 'a secret of the test: 100% + / &',
         redirect_uris: [redirectUri],
         grant_types: ['authorization_code', 'urn:ietf:params:oauth:grant-type:device_code'],
         response_types: ['code'],
