@@ -14,7 +14,7 @@ use crate::auth::accounts;
 use crate::cluster::Cluster;
 use crate::door::second_person::APPROVAL_KEPT_MS;
 use crate::door::target::access::grant_resource;
-use crate::door::target::{self, GrantedIn, TheGrant, TheList};
+use crate::door::target::{self, GrantedIn, TheCluster, TheGrant, TheList};
 use crate::door::{Answer, Call, Ctx, Door};
 use crate::policy::escalation::Gift;
 use crate::records::Transaction;
@@ -145,7 +145,7 @@ async fn delete(call: Call<GrantDelete, TheGrant>) -> Result<Answer<()>, Problem
 }
 
 /// A wish waits as an approval does; whoever approves makes the grant.
-async fn request(call: Call<GrantRequest, GrantedIn>) -> Result<Answer<Approval>, Problem> {
+async fn request(call: Call<GrantRequest, TheCluster>) -> Result<Answer<Approval>, Problem> {
     let (ctx, wish) = (&call.ctx, call.input.body.clone());
     let cluster = ctx.cluster();
     let user = ctx.user()?;
@@ -154,8 +154,10 @@ async fn request(call: Call<GrantRequest, GrantedIn>) -> Result<Answer<Approval>
         return Err(Problem::field("for_s", wish.for_s, format!("1 to {REQUEST_S_MAX} seconds")));
     }
     check_note("reason", &wish.reason)?;
-    let segment = call.target.0.as_ref().map(|row| row.value.id.clone());
-    let place = call.target.0.as_ref().map_or("cluster".to_owned(), |row| row.name.to_string());
+    // Only where one sees something already: the answer must not tell which other segments there are.
+    let segment = wish.segment.as_deref().map(|name| ctx.segment(name, Action::SegmentView)).transpose()?;
+    let place = segment.as_ref().map_or("cluster".to_owned(), |found| found.0.name.to_string());
+    let segment = segment.map(|found| found.0.value.id.clone());
     let resolved = RequestGrant { segment: segment.as_ref().map(ToString::to_string), ..wish.clone() };
     let now = ctx.now();
     let hashed = serde_json::to_vec(&(user.id.as_str(), &resolved)).expect("plain data");

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use berth_api::endpoint::Endpoint;
 use berth_api::manager::{
-    Approval, ApprovalPath, Grant, GrantCreate, GrantPath, GrantRequest, Policy, PolicyPath, Role, RolePath,
-    Segment, Team, TeamPath,
+    Approval, ApprovalPath, Grant, GrantCreate, GrantPath, Policy, PolicyPath, Role, RolePath, Segment, Team,
+    TeamPath,
 };
 use berth_model::name::Name;
 use berth_model::{PolicyId, Problem, RoleId, TeamId};
@@ -61,20 +61,12 @@ pub fn grant_resource(cluster: &Cluster, grant: &Grant) -> Resource {
     Resource::inside(parent, ResourceKind::Grant, grant.id.as_str(), grant.id.as_str())
 }
 
-/// Where a grant is to be, or is wished for: a segment, or the cluster.
+/// Where a grant is to be: a segment, or the cluster.
 pub struct GrantedIn(pub Option<Arc<Row<Segment>>>);
 
 impl Target<GrantCreate> for GrantedIn {
     const KIND: ResourceKind = ResourceKind::Segment;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<GrantCreate>) -> Result<Located<Self>, Problem> {
-        let found = segment_or_cluster(cluster, input.body.segment.as_deref())?;
-        Ok(Located { resource: found.resource, target: Self(found.target) })
-    }
-}
-
-impl Target<GrantRequest> for GrantedIn {
-    const KIND: ResourceKind = ResourceKind::Segment;
-    fn find(cluster: &Cluster, _: &Principal, input: &Input<GrantRequest>) -> Result<Located<Self>, Problem> {
         let found = segment_or_cluster(cluster, input.body.segment.as_deref())?;
         Ok(Located { resource: found.resource, target: Self(found.target) })
     }
