@@ -103,7 +103,8 @@ pub async fn totp(session: &Session, verb: TotpVerb) -> Result<(), Failure> {
     match verb {
         TotpVerb::Enrol { password } => {
             let password = if password { Some(Prompt::of_terminal().hidden("password")?) } else { None };
-            let offer = session.send::<OwnTotpEnrol>(&Nothing {}, &Nothing {}, &EnrolTotp { password }).await?;
+            let offer =
+                session.send::<OwnTotpEnrol>(&Nothing {}, &Nothing {}, &EnrolTotp { password }).await?;
             session.output.one(&offer, || {
                 Facts::new()
                     .with("for a QR code", &offer.uri)
