@@ -234,3 +234,33 @@ async fn a_deleted_user_leaves_nothing_to_log_in_with() {
         "a new user of the name is another user"
     );
 }
+
+#[tokio::test]
+async fn a_session_that_is_revoked_or_over_ends_what_it_has_open() {
+    let fixture = Fixture::new().await;
+    let cluster = fixture.cluster();
+    for revoked in [true, false] {
+        let name = if revoked { "ada" } else { "bob" };
+        let session = settle(&fixture, name).await;
+        let bearer = session.parse().expect("a bearer secret");
+        let user = crate::auth::accounts::authenticate(&cluster.records, &bearer, fixture.clock.now());
+        let principal = crate::auth::Principal::User(user.expect("good"));
+        let standing = crate::auth::standing::Standing::of(std::sync::Arc::clone(cluster), principal);
+        assert!(standing.is_good());
+        let ended = {
+            let standing = standing.clone();
+            tokio::spawn(async move { standing.ended().await })
+        };
+        tokio::task::yield_now().await;
+        if revoked {
+            assert_eq!(own(&fixture, &session, "POST", "/v1/logout", json!(null)).await.status, 200);
+        } else {
+            fixture.clock.advance(Duration::from_secs(9 * 3600));
+            // Any change of a token makes it look; by itself it does so twice a minute.
+            make(&fixture, "carl").await;
+            fixture.admin("POST", "/v1/tokens", json!({"user": "carl"})).await;
+        }
+        tokio::time::timeout(Duration::from_secs(20), ended).await.expect("in time").expect("ended");
+        assert!(!standing.is_good());
+    }
+}
