@@ -27,6 +27,9 @@ need qemu-utils "makes and checks disk images" has qemu-img
 need iproute2 "connects virtual machines to bridges" has ip
 need gcc "compiles the C parts of dependencies" has cc
 need libc6-dev "links the guest's probe statically" has_library libc.a
+need slapd "a directory to log in against, for the tests" has slapd
+need nodejs "runs the identity provider of the tests" has node
+need npm "fetches the identity provider of the tests" has npm
 if grep -q '^ID=ubuntu' /etc/os-release 2> /dev/null; then
     need zstd "unpacks the test guest's kernel modules" has zstd
 fi
@@ -52,6 +55,15 @@ else
     exit 1
 fi
 echo "installing:$missing"
+# Packages that bring a server must not start it: the tests run their own. This is the file that Debian's policy has
+# for that; one that is there already is left alone, and stays.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    trap '$as_root rm -f "$policy"' EXIT
+    trap 'exit 1' INT TERM
+    printf '#!/bin/sh\nexit 101\n' | $as_root tee "$policy" > /dev/null
+    $as_root chmod 755 "$policy"
+fi
 # shellcheck disable=SC2086
 $as_root apt-get update
 # shellcheck disable=SC2086

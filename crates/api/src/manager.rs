@@ -18,12 +18,14 @@ use crate::endpoint::Nothing;
 
 mod access;
 mod audit;
+mod login;
 
 pub use access::*;
 pub use audit::{
     AuditCheckpoint, AuditExportQuery, AuditKey, AuditListQuery, AuditRecord, ConsistencyProof,
     ConsistencyQuery, InclusionProof, InclusionQuery,
 };
+pub use login::*;
 
 /// Longest page of a list.
 pub const PAGE_LIMIT_MAX: u32 = 5000;
@@ -543,6 +545,32 @@ crate::endpoints! {
     WhoAmIShow: GET "/v1/whoami", Json, SelfView, path Nothing, query Nothing, body (), reply WhoAmI;
     /// Whether the caller may do something, and why.
     CanI: GET "/v1/can-i", Json, SelfView, path Nothing, query CanIQuery, body (), reply CanIReply;
+    /// The ways to log in.
+    LoginShow: GET "/v1/login", Json, Login, path Nothing, query Nothing, body (), reply LoginWays;
+    /// Begin a login with a name and a password.
+    LoginBegin: POST "/v1/login", Json, Login, path Nothing, query Nothing, body LoginRequest, reply LoginReply;
+    /// Go on with a login: answer exactly what it needs.
+    LoginContinue: POST "/v1/login/{login}", Json, Login, path LoginPath, query Nothing, body LoginAnswer, reply LoginReply;
+    /// Send a browser to a provider.
+    OidcBegin: GET "/v1/login/oidc/{provider}", Text, Login, path ProviderPath, query Nothing, body (), reply ();
+    /// Where the provider sends the browser back to; answers like a step of a login.
+    OidcCallback: GET "/v1/login/oidc/{provider}/callback", Text, Login, path ProviderPath, query CallbackQuery, body (), reply ();
+    /// Begin a login that is confirmed on another device.
+    OidcDevice: POST "/v1/login/oidc/{provider}/device", Json, Login, path ProviderPath, query Nothing, body (), reply LoginReply;
+    /// End the session that asks.
+    Logout: POST "/v1/logout", Json, SelfChange, path Nothing, query Nothing, body (), reply ();
+    /// Change one's own password; the other sessions end.
+    OwnPasswordChange: POST "/v1/self/password", Json, SelfChange, path Nothing, query Nothing, body ChangePassword, reply ();
+    /// Make a second factor; it counts after it was confirmed.
+    OwnTotpEnrol: POST "/v1/self/totp", Json, SelfChange, path Nothing, query Nothing, body EnrolTotp, reply TotpOffer;
+    /// Confirm the second factor with a code of it.
+    OwnTotpConfirm: POST "/v1/self/totp/confirm", Json, SelfChange, path Nothing, query Nothing, body Code, reply RecoveryCodes;
+    /// Remove the second factor with a code of it.
+    OwnTotpRemove: POST "/v1/self/totp/remove", Json, SelfChange, path Nothing, query Nothing, body Code, reply ();
+    /// One's own sessions, newest first.
+    OwnSessionList: GET "/v1/self/sessions", Json, SelfView, path Nothing, query SessionListQuery, body (), reply Page<Session>;
+    /// End one of one's own sessions.
+    OwnSessionDelete: DELETE "/v1/self/sessions/{session}", Json, SelfChange, path SessionPath, query Nothing, body (), reply ();
     /// Who may do something.
     WhoCan: GET "/v1/who-can", Json, GrantView, path Nothing, query CanIQuery, body (), reply Page<Holder>;
     /// What the caller, or another user, may do.
@@ -653,6 +681,20 @@ crate::endpoints! {
     UserList: GET "/v1/users", Json, UserView, path Nothing, query PageQuery, body (), reply Page<User>;
     /// Make a user.
     UserCreate: POST "/v1/users", Json, UserManage, path Nothing, query Nothing, body CreateUser, reply User;
+    /// Shut a user out: no token is good any more, and sessions, consoles and streams end at once.
+    UserDisable: POST "/v1/users/{user}/disable", Json, UserManage, path UserPath, query Nothing, body (), reply User;
+    /// Let a user in again.
+    UserEnable: POST "/v1/users/{user}/enable", Json, UserManage, path UserPath, query Nothing, body (), reply User;
+    /// How a user logs in.
+    UserLoginShow: GET "/v1/users/{user}/login", Json, UserView, path UserPath, query Nothing, body (), reply UserLogin;
+    /// Give a user a password that has to be changed at the next login; sessions end.
+    UserPasswordReset: POST "/v1/users/{user}/password", Json, UserManage, path UserPath, query Nothing, body SetPassword, reply NewPassword;
+    /// Remove a user's second factor; sessions end.
+    UserTotpReset: POST "/v1/users/{user}/totp/reset", Json, UserManage, path UserPath, query Nothing, body (), reply ();
+    /// Say who a user is at a provider or in a directory.
+    UserIdentityLink: POST "/v1/users/{user}/identities", Json, UserManage, path UserPath, query Nothing, body LinkIdentity, reply Identity;
+    /// Take that back; sessions end.
+    UserIdentityUnlink: DELETE "/v1/users/{user}/identities", Json, UserManage, path UserPath, query IdentityQuery, body (), reply ();
     /// Delete a user with all tokens.
     UserDelete: DELETE "/v1/users/{user}", Json, UserManage, path UserPath, query Nothing, body (), reply ();
     /// The tokens, without their secrets.

@@ -4,7 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::output::Format;
 use crate::{
-    access, audit, daemon, host, image, login, migration, operation, segment, snapshot, token, up, user, vm,
+    access, audit, daemon, host, image, login, migration, operation, own, segment, snapshot, token, up, user,
+    vm,
 };
 
 const AFTER: &str = "\
@@ -50,6 +51,8 @@ pub enum Command {
     },
     /// Say which cluster to talk to, and who you are
     Login(login::Arguments),
+    /// End your session
+    Logout,
     /// What is asked of a manager.
     #[command(flatten)]
     Noun(Noun),
@@ -108,6 +111,12 @@ pub enum Noun {
         /// What to do.
         #[command(subcommand)]
         verb: operation::Verb,
+    },
+    /// Where you are logged in
+    Session {
+        /// What to do.
+        #[command(subcommand)]
+        verb: own::Verb,
     },
     /// People and programs
     User {

@@ -17,7 +17,8 @@ use crate::exit::Failure;
 
 /// Where the manager listens unless told otherwise.
 pub const DEFAULT_PORT: u16 = 8443;
-const FILE_NAME: &str = "config.toml";
+/// The file in that directory.
+pub const FILE_NAME: &str = "config.toml";
 
 /// What stands in the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +84,24 @@ pub fn directory() -> Option<PathBuf> {
     path("BERTH_CONTEXT")
         .or_else(|| path("XDG_CONFIG_HOME").map(|base| base.join("berth")))
         .or_else(|| path("HOME").map(|home| home.join(".config/berth")))
+}
+
+/// What stands in a file, if there is one that can be understood, with its CA's path as it is from here.
+pub fn known(path: &Path) -> ConfigFile {
+    load(path, false).map(|(file, _)| file).unwrap_or_default()
+}
+
+/// Takes the token out of a file, if there is one.
+///
+/// # Errors
+/// When it can't be written.
+pub fn forget_token(path: &Path) -> Result<()> {
+    let Ok(text) = fs::read_to_string(path) else { return Ok(()) };
+    let file: ConfigFile = toml::from_str(&text).unwrap_or_default();
+    if file.token.is_none() {
+        return Ok(());
+    }
+    save(path, &ConfigFile { token: None, ..file })
 }
 
 /// Puts file and environment together.

@@ -129,6 +129,8 @@ fn hint(problem: &Problem) -> Option<&'static str> {
     match problem.code {
         // What is said of join tokens says what to do: 'berth host join-token'.
         ProblemCode::Unauthenticated if problem.message.contains("'berth ") => None,
+        // A wrong password, code or walk says itself what it is: to log in is what was being done.
+        ProblemCode::Unauthenticated if !problem.message.contains("token") => None,
         ProblemCode::Unauthenticated => Some("log in with 'berth login', or set BERTH_TOKEN"),
         ProblemCode::NotAllowed => Some("'berth whoami' says who you are, 'berth can-i' what you may do"),
         // A machine that joins says whom it means in its own words.
@@ -162,7 +164,8 @@ fn hint(problem: &Problem) -> Option<&'static str> {
         | ProblemCode::TooLarge
         | ProblemCode::Hypervisor
         | ProblemCode::Guest
-        | ProblemCode::Cancelled => None,
+        | ProblemCode::Cancelled
+        | ProblemCode::TooBusy => None,
     }
 }
 

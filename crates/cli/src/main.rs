@@ -24,6 +24,7 @@ mod join;
 mod login;
 mod migration;
 mod operation;
+mod own;
 mod segment;
 mod snapshot;
 mod token;
@@ -63,6 +64,7 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Agent { verb } => daemon::agent(verb, output),
         Command::Login(arguments) => block_on(login::run(arguments, output)),
         Command::Noun(Noun::Audit { verb }) if audit::is_offline(&verb) => audit::run_offline(&verb, output),
+        Command::Logout => block_on(login::logout(output)),
         Command::Noun(noun) => block_on(async { ask(noun, &Session::open(output.clone())?).await }),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -83,6 +85,7 @@ async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
         Noun::Snapshot { verb } => snapshot::run(session, verb).await,
         Noun::Migration { verb } => migration::run(session, verb).await,
         Noun::Operation { verb } => operation::run(session, verb).await,
+        Noun::Session { verb } => own::run(session, verb).await,
         Noun::User { verb } => user::run(session, verb).await,
         Noun::Token { verb } => token::run(session, verb).await,
         Noun::Audit { verb } => audit::run(session, verb).await,

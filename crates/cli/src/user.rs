@@ -1,5 +1,7 @@
 //! `berth user`: people and programs that have a name.
 
+use std::path::PathBuf;
+
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{CreateUser, PageQuery, User, UserCreate, UserDelete, UserList, UserPath};
 use berth_model::Problem;
@@ -13,19 +15,30 @@ use crate::lookup::parse_name;
 use crate::output::{Table, instant};
 use crate::session::Session;
 
+mod login;
+
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// List the users
     List(ListArguments),
-    /// Make a user; 'berth token create' then makes what it proves itself with
+    /// Make a user, with a first password that it has to change
     Create {
         /// Its name
         #[arg(value_parser = parse_name)]
         name: Name,
+        /// File with the first password, '-' to be asked for it; without it, one is made and printed once
+        #[arg(long, value_name = "FILE", conflicts_with = "no_password")]
+        password_file: Option<PathBuf>,
+        /// No password: for programs, which have tokens, and for users of a provider or a directory
+        #[arg(long)]
+        no_password: bool,
         #[command(flatten)]
         dry_run: DryRunArguments,
     },
+    /// What is about logging in.
+    #[command(flatten)]
+    Login(login::Verb),
     /// Delete a user with all tokens
     Delete {
         /// Its name or id
@@ -48,9 +61,13 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         Verb::Create { name, dry_run, .. } if dry_run.dry_run => {
             session.would(Action::UserManage, None, &format!("would make user {name}")).await
         }
-        Verb::Create { name, .. } => {
+        Verb::Login(verb) => login::run(session, verb).await,
+        Verb::Create { name, password_file, no_password, .. } => {
             let wish = CreateUser { name };
             let made = session.send::<UserCreate>(&Nothing {}, &Nothing {}, &wish).await?;
+            if !no_password {
+                return login::first_password(session, &made, password_file.as_deref()).await;
+            }
             session.output.done(&made, || {
                 format!("user {} is there; give it a token: berth token create {}", made.name, made.name)
             })

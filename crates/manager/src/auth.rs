@@ -22,7 +22,19 @@ use subtle::ConstantTimeEq;
 
 pub mod accounts;
 
+pub mod credential;
+pub mod directory;
+pub mod external;
+mod https;
+pub mod lockout;
+pub mod login;
+pub mod oidc;
+pub mod password;
+pub mod session;
+pub mod settings;
+pub mod standing;
 pub mod strangers;
+pub mod totp;
 
 /// How many random bytes a secret has.
 pub const SECRET_BYTES: usize = 32;
@@ -224,6 +236,18 @@ pub fn shown(headers: &HeaderMap, caller: &Caller) -> Shown {
             Peer::Manager | Peer::Anonymous => Shown::Nothing,
         },
     }
+}
+
+/// An error with its causes, in a line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// The one answer to a credential that is not good, whatever is wrong with it.

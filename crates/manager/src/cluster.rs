@@ -19,6 +19,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::agents::{AgentConnector, Agents};
 use crate::audit::Audit;
+use crate::auth::login::Logins;
+use crate::auth::settings::LoginSettings;
 use crate::clock::{Clock, Entropy};
 use crate::operations::Operations;
 use crate::operations::interfere::Interference;
@@ -51,6 +53,8 @@ pub struct Settings {
     pub audit_key: Option<Arc<berth_tlog::SigningKey>>,
     /// Whether to go on with a log that was signed with another key.
     pub audit_new_key: bool,
+    /// How people log in.
+    pub login: LoginSettings,
 }
 
 /// One cluster.
@@ -73,6 +77,8 @@ pub struct Cluster {
     pub settings: Settings,
     /// Where what the system does by itself is written down; empty until the audit has been opened.
     audit: OnceLock<Audit>,
+    /// Logging in, and the sessions that came of it.
+    pub logins: Logins,
     pub(crate) interference: Option<Arc<dyn Interference>>,
     deciding: Mutex<()>,
     fetching: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
@@ -103,6 +109,7 @@ impl Cluster {
             operations: Operations::new(this.clone()),
             agents: Agents::new(Arc::clone(&parts.connector)),
             watchers: Watchers::new(),
+            logins: Logins::new(parts.settings.login.clone(), &*parts.entropy),
             clock: parts.clock,
             entropy: parts.entropy,
             authority: parts.authority,

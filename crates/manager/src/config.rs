@@ -31,6 +31,9 @@ pub struct ManagerConfig {
     pub first_token_file: Option<PathBuf>,
     /// Where audit records are sent on to.
     pub audit: AuditConfig,
+    /// The file that says how people log in (`login.toml`); none: with passwords of Berth's own alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login: Option<PathBuf>,
 }
 
 impl Default for ManagerConfig {
@@ -42,6 +45,7 @@ impl Default for ManagerConfig {
             addresses: None,
             first_token_file: None,
             audit: AuditConfig::default(),
+            login: None,
         }
     }
 }

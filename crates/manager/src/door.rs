@@ -30,7 +30,7 @@ use http::{Method, Request, Response};
 
 use crate::audit::{Audit, Open};
 use crate::auth::strangers::Strangers;
-use crate::auth::{Principal, Shown, accounts, shown, unauthenticated};
+use crate::auth::{Principal, Shown, accounts, session, shown, unauthenticated};
 use crate::cluster::Cluster;
 use crate::metrics::Metrics;
 use crate::policy::{Policies, Resource};
@@ -93,6 +93,7 @@ impl Gate {
         match (shown, action) {
             (Shown::Bearer(bearer), _) => {
                 accounts::authenticate(&self.cluster.records, &bearer, self.cluster.clock.now())
+                    .filter(|user| session::is_in_use(&self.cluster, user))
                     .map(Principal::User)
             }
             (Shown::HostCertificate(host), _) => {

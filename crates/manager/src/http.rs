@@ -10,7 +10,9 @@ pub mod enrol;
 pub mod grant;
 pub mod host;
 pub mod image;
+pub mod login;
 pub mod operation;
+pub mod own;
 pub mod policy;
 pub mod role;
 pub mod segment;
@@ -19,6 +21,7 @@ pub mod system;
 pub mod team;
 pub mod token;
 pub mod user;
+pub mod user_login;
 pub mod vm;
 
 pub mod console;
@@ -41,6 +44,9 @@ pub fn mount(door: Door) -> Door {
     let door = operation::mount(door);
     let door = audit::mount(door);
     let door = user::mount(door);
+    let door = login::mount(door);
+    let door = own::mount(door);
+    let door = user_login::mount(door);
     let door = team::mount(door);
     let door = role::mount(door);
     let door = grant::mount(door);

@@ -24,6 +24,8 @@ use crate::agents::TlsConnector;
 use crate::audit::forward::{self, ForwardError, Forwarder};
 use crate::audit::{Audit, AuditError, OtherKey};
 use crate::auth::accounts::JoinTokenRow;
+use crate::auth::session;
+use crate::auth::settings::{LoginSettings, SettingsError};
 use crate::clock::{SystemClock, SystemEntropy};
 use crate::cluster::{Cluster, Settings};
 use crate::config::ManagerConfig;
@@ -99,6 +101,9 @@ pub enum RunError {
     /// Keys or certificates.
     #[error("the cluster's certificates can't be used")]
     Pki(#[from] PkiError),
+    /// How people log in.
+    #[error(transparent)]
+    Login(#[from] SettingsError),
     /// TLS.
     #[error("TLS can't be set up")]
     Tls(#[from] TlsError),
@@ -204,6 +209,7 @@ pub struct Bound {
 /// When any of that fails; nothing is left half made that the next start could not go on with.
 pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
     let forwarders = forward::prepare(&config.audit)?;
+    let login = config.login.as_deref().map(LoginSettings::load).transpose()?.unwrap_or_default();
     certificates::make_private_dir(&config.state_dir)?;
     let steady = Arc::new(berth_store::SystemClock::new());
     let store = Arc::new(SqliteStore::open(config.store_path(), steady).await?);
@@ -228,6 +234,7 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
             addresses: config.addresses,
             audit_key: Some(Arc::new(audit_key)),
             audit_new_key: config.audit.accept_new_key,
+            login,
         },
     })
     .await?;
@@ -348,7 +355,21 @@ async fn tidy(cluster: Arc<Cluster>) {
         if let Err(error) = cluster.records.commit(transaction).await {
             tracing::warn!(%error, "join tokens that are out of date can't be removed");
         }
+        end_sessions(&cluster).await;
         cluster.clock.sleep(TIDY_EVERY).await;
+    }
+}
+
+/// Removes sessions that are over.
+async fn end_sessions(cluster: &Cluster) {
+    let mut transaction = Transaction::new();
+    for token in cluster.logins.sessions.over(&cluster.records, cluster.clock.now()) {
+        if !transaction.is_full() {
+            session::forget(&mut transaction, &token);
+        }
+    }
+    if let Err(error) = cluster.records.commit(transaction).await {
+        tracing::warn!(%error, "sessions that are over can't be removed");
     }
 }
 

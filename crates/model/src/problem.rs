@@ -82,6 +82,8 @@ codes! {
     Cancelled = "cancelled", 409, 1;
     /// A host or the manager can't be reached.
     Unreachable = "unreachable", 503, 6;
+    /// The manager has too much of this kind to do at this moment; try again.
+    TooBusy = "too-busy", 503, 6;
     /// A fault of Berth's own; please report it with the request id.
     Internal = "internal", 500, 1;
 }

@@ -8,6 +8,8 @@ use berth_api::manager::{CreateToken, CreateUser, Grant, NewToken, Scope, Team, 
 use berth_model::{HostId, Problem, ProblemCode, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
 
+use super::credential::{self, CredentialRow};
+use super::session::{self, SessionRow};
 use super::{Bearer, SECRET_BYTES, SecretHash, UserPrincipal};
 use crate::clock::Entropy;
 use crate::records::{Record, Records, Row, Transaction, UniqueName};
@@ -131,9 +133,7 @@ pub fn add_user(transaction: &mut Transaction, user: &User) {
 /// # Errors
 /// [`ProblemCode::Protected`] when no administrator would be left; that the store failed.
 pub async fn delete_user(records: &Records, user: &Row<User>, now: Timestamp) -> Result<(), Problem> {
-    if !administrator_remains(records, now, |token| token.user != user.value.id) {
-        return Err(last_administrator("user", &user.name));
-    }
+    require_another_way_in(records, user, now)?;
     let mut tokens = tokens_of(records, &user.value.id);
     // More tokens than one transaction takes go first, so that a user never lives on in a token.
     while tokens.len() > TOKENS_AT_ONCE {
@@ -146,6 +146,12 @@ pub async fn delete_user(records: &Records, user: &Row<User>, now: Timestamp) ->
     let mut transaction = Transaction::new();
     for token in tokens {
         transaction.forget::<TokenRow>(&token.id);
+    }
+    credential::forget(records, &mut transaction, &user.value.id);
+    for session in session::sessions_of(records, &user.value.id) {
+        if !transaction.is_full() {
+            transaction.forget::<SessionRow>(&session.id);
+        }
     }
     transaction.remove(user);
     transaction.release(&UniqueName::in_cluster(User::NOUN, &user.name));
@@ -203,26 +209,55 @@ pub fn new_token(
 /// # Errors
 /// [`ProblemCode::Protected`] when no administrator would be left; that the store failed.
 pub async fn revoke_token(records: &Records, token: &Row<TokenRow>, now: Timestamp) -> Result<(), Problem> {
-    if !administrator_remains(records, now, |other| other.id != token.token.id) {
+    if !administrator_remains(records, now, None, |other| other.id != token.token.id) {
         return Err(last_administrator("token", &token.token.id));
     }
     let mut transaction = Transaction::new();
     transaction.remove(token);
+    if token.token.kind == TokenKind::Session {
+        transaction.forget::<SessionRow>(&token.id);
+    }
     records.commit(transaction).await?;
     Ok(())
 }
 
-/// Whether a token that is good and an administrator's is among those that `stays` picks. What is no administrator's
-/// now does not need to be asked about: removing it takes no way in away.
-fn administrator_remains(records: &Records, now: Timestamp, stays: impl Fn(&Token) -> bool) -> bool {
+/// Refuses when without this user no administrator could get in any more.
+///
+/// # Errors
+/// [`ProblemCode::Protected`].
+pub fn require_another_way_in(records: &Records, user: &Row<User>, now: Timestamp) -> Result<(), Problem> {
+    if administrator_remains(records, now, Some(&user.value.id), |token| token.user != user.value.id) {
+        return Ok(());
+    }
+    Err(last_administrator("user", &user.name))
+}
+
+/// Whether a way in of an administrator is left: a password of somebody who is not `leaving`, or a token that is good
+/// and that `stays` picks. A session is none: it ends by itself. What is no administrator's now does not need to be
+/// asked about: removing it takes no way in away.
+fn administrator_remains(
+    records: &Records,
+    now: Timestamp,
+    leaving: Option<&UserId>,
+    stays: impl Fn(&Token) -> bool,
+) -> bool {
     let administrators = administrators(records, &teams(records), &records.list::<Grant>(), now);
+    let has_password =
+        |id: &&UserId| records.get::<CredentialRow>(id.as_str()).is_some_and(|row| row.password.is_some());
+    if administrators.iter().filter(has_password).any(|id| leaving != Some(id)) {
+        return true;
+    }
+    // The only password is that of who is leaving: then a token has to stay.
+    let is_way_in = |id: &UserId| leaving == Some(id) && has_password(&id);
+    let takes_away = administrators.iter().any(is_way_in);
     let mut ways_in = records
         .list::<TokenRow>()
         .into_iter()
         .filter(|row| row.token.expires_at.is_none_or(|end| now < end) && row.token.scope.is_none())
+        .filter(|row| row.token.kind != TokenKind::Session)
         .filter(|row| administrators.contains(&row.token.user))
         .peekable();
-    ways_in.peek().is_none() || ways_in.any(|row| stays(&row.token))
+    (ways_in.peek().is_none() && !takes_away) || ways_in.any(|row| stays(&row.token))
 }
 
 /// All teams.

@@ -5,6 +5,8 @@ mod audit;
 mod coverage;
 mod enrolment;
 mod hangups;
+mod login;
+mod login_walk;
 mod nonsense;
 mod reading;
 pub(crate) mod support;

@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Message as AgentMessage, Role};
 
+use crate::auth::standing::Standing;
 use crate::cluster::Cluster;
 use crate::door::target::TheVm;
 use crate::door::{Call, Done, Door};
@@ -46,6 +47,7 @@ async fn open(mut call: Call<VmConsole, TheVm>) -> Result<Done, Problem> {
     })?;
     // The agent is asked first, so that what it has against it is an answer and not a connection that closes.
     let agent = attach(Arc::clone(&cluster), vm.clone()).await?;
+    let standing = Standing::of(Arc::clone(&cluster), call.ctx.principal.clone());
     let (hand_over, handed_over) = oneshot::channel();
     let response = upgrade.max_message_size(MESSAGE_BYTES_MAX).on_upgrade(|socket| async move {
         // Nobody waits for it any more only when the manager is stopping.
@@ -53,7 +55,7 @@ async fn open(mut call: Call<VmConsole, TheVm>) -> Result<Done, Problem> {
     });
     let task = Box::pin(async move {
         if let Ok(socket) = handed_over.await {
-            bridge(cluster, vm, socket, agent).await;
+            bridge(cluster, vm, socket, agent, standing).await;
         }
     });
     Ok(Done::upgrade(response, task))
@@ -89,21 +91,35 @@ enum EndedBy {
     Agent,
 }
 
-async fn bridge(cluster: Arc<Cluster>, vm: VmId, socket: WebSocket, first: AgentSocket) {
+/// Passes on until one side ends it, or who opened it may not use it any more.
+async fn bridge(cluster: Arc<Cluster>, vm: VmId, socket: WebSocket, first: AgentSocket, standing: Standing) {
     let (mut to_caller, mut from_caller) = socket.split();
+    tokio::select! {
+        () = pass_on(cluster, vm, &mut to_caller, &mut from_caller, first) => {}
+        () = standing.ended() => {}
+    }
+    let _ = to_caller.send(Message::Close(None)).await;
+}
+
+async fn pass_on(
+    cluster: Arc<Cluster>,
+    vm: VmId,
+    to_caller: &mut (impl Sink<Message> + Unpin),
+    from_caller: &mut (impl Stream<Item = Result<Message, axum::Error>> + Unpin),
+    first: AgentSocket,
+) {
     let mut agent = Some(first);
     while let Some(attached) = agent.take() {
         let (mut to_agent, mut from_agent) = attached.split();
         let ended = tokio::select! {
-            ended = typed(&mut from_caller, &mut to_agent) => ended,
-            ended = shown(&mut from_agent, &mut to_caller) => ended,
+            ended = typed(from_caller, &mut to_agent) => ended,
+            ended = shown(&mut from_agent, to_caller) => ended,
         };
         match ended {
             EndedBy::Caller => return,
             EndedBy::Agent => agent = reattach(Arc::clone(&cluster), vm.clone()).await,
         }
     }
-    let _ = to_caller.send(Message::Close(None)).await;
 }
 
 /// Tries until the VM's console is there again; none: the VM is stopped or gone, or it took too long.

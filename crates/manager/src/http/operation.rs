@@ -13,12 +13,13 @@ use berth_model::Problem;
 use berth_model::access::Action;
 use berth_model::operation::{Operation, OperationKind};
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt};
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use tokio::sync::watch;
 
 use super::list;
+use crate::auth::standing::Standing;
 use crate::cluster::Cluster;
 use crate::door::target::{self, TheList, TheOperation};
 use crate::door::{Answer, Call, Done, Door};
@@ -99,7 +100,9 @@ async fn cancel(call: Call<OperationCancel, TheOperation>) -> Result<Answer<Oper
 
 async fn events(call: Call<OperationEvents, TheOperation>) -> Result<Done, Problem> {
     let receiver = call.ctx.cluster().operations.subscribe(&call.target.0.id)?;
-    let mut response = Response::new(Body::from_stream(event_stream(receiver)));
+    let standing = Standing::of(Arc::clone(call.ctx.cluster()), call.ctx.principal.clone());
+    let ended = Box::pin(async move { standing.ended().await });
+    let mut response = Response::new(Body::from_stream(event_stream(receiver).take_until(ended)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     Ok(Done::streaming(response))
 }

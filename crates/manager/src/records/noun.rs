@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::copy::Table;
 use crate::auth::accounts::{JoinTokenRow, TokenRow};
+use crate::auth::credential::{CredentialRow, IdentityRow};
+use crate::auth::lockout::LockRow;
+use crate::auth::session::SessionRow;
 use crate::http::image::ImageUpload;
 use crate::operations::OperationRow;
 
@@ -41,6 +44,10 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<TokenRow>,
     Table::of::<JoinTokenRow>,
     Table::of::<ImageUpload>,
+    Table::of::<LockRow>,
+    Table::of::<CredentialRow>,
+    Table::of::<IdentityRow>,
+    Table::of::<SessionRow>,
     Table::of::<Team>,
     Table::of::<Role>,
     Table::of::<Grant>,

@@ -90,7 +90,7 @@ pub(super) fn announce(first: &FirstStart, file: Option<&Path>) -> Result<(), Ru
         Some(path) => certificates::write_private(path, format!("{}\n", first.secret).as_bytes()),
         None => {
             let text = format!(
-                "The first administrator's token, shown this once:\n\n    {}\n\nSign in with 'berth login'.\n",
+                "The first administrator's token, shown this once:\n\n    {}\n\nSign in with 'berth login --token-file -'.\n",
                 first.secret
             );
             let failed =

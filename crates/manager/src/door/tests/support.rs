@@ -25,6 +25,7 @@ use tower::ServiceExt;
 
 use crate::agents::AgentConnector;
 use crate::auth::accounts;
+use crate::auth::session::SessionRow;
 use crate::clock::{Clock, Entropy, Sleep};
 use crate::cluster::{Cluster, Parts, Settings};
 use crate::records::{Record, Transaction, UniqueName};
@@ -254,8 +255,12 @@ impl Fixture {
     }
 }
 
-pub async fn answer(router: Router, mut request: Request<Body>, peer: Peer) -> Got {
-    request.extensions_mut().insert(Caller { remote: ([192, 0, 2, 1], 40000).into(), peer });
+pub async fn answer(router: Router, request: Request<Body>, peer: Peer) -> Got {
+    answer_to(router, request, Caller { remote: ([192, 0, 2, 1], 40000).into(), peer }).await
+}
+
+pub async fn answer_to(router: Router, mut request: Request<Body>, caller: Caller) -> Got {
+    request.extensions_mut().insert(caller);
     let response = router.oneshot(request).await.expect("a router does not fail");
     let (parts, body) = response.into_parts();
     let body = body.collect().await.expect("a whole answer").to_bytes();
@@ -285,6 +290,12 @@ pub async fn add_user(cluster: &Cluster, name: &str, roles: &[&str]) -> String {
         accounts::new_token(&user.id, TokenKind::Session, None, &CreateToken::default(), entropy, now)
             .expect("in range");
     let mut transaction = Transaction::new();
+    transaction.create(&SessionRow {
+        token: row.token.id.clone(),
+        user: user.id.clone(),
+        address: [192, 0, 2, 1].into(),
+        used_at: now,
+    });
     for role in roles {
         transaction.create(&grant_of(cluster, &user, role, None));
     }

@@ -130,3 +130,43 @@ async fn a_console_is_passed_on_outlives_its_agent_connection_and_ends_with_its_
     assert_eq!(code(refused), ProblemCode::WrongState);
     running.end().await;
 }
+
+#[tokio::test]
+async fn a_console_and_a_stream_end_within_a_second_when_their_user_is_disabled() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let bound = bind(config(dir.path())).await.expect("a manager");
+    let cluster = Arc::clone(bound.manager().cluster());
+    let running = serve(bound, dir.path());
+    let (_agent_runs, agent_stop) = watch::channel(false);
+    let (host, _certificate) = agent(&running, agent_stop).await;
+    add_vm(&cluster, &host).await;
+    let mut socket = open(&running, "default/books").await.expect("a console");
+    assert_eq!(next_text(&mut socket).await.as_deref(), Some("hello\r\n"));
+    let user = cluster.records.list::<berth_api::manager::User>()[0].value.id.clone();
+    let token = cluster.records.list::<crate::auth::accounts::TokenRow>()[0].value.token.clone();
+    let principal = crate::auth::Principal::User(crate::auth::UserPrincipal {
+        id: user.clone(),
+        name: "admin".parse().expect("a name"),
+        token: token.id,
+        kind: token.kind,
+        method: String::new(),
+        second_factor: false,
+        scope: None,
+    });
+    let standing = crate::auth::standing::Standing::of(Arc::clone(&cluster), principal);
+    let ended = tokio::spawn(async move { standing.ended().await });
+    tokio::task::yield_now().await;
+    assert!(!ended.is_finished());
+
+    let began = std::time::Instant::now();
+    let disabled = cluster.records.update::<berth_api::manager::User, RecordsError>(user.as_str(), |user| {
+        user.disabled = true;
+        Ok(())
+    });
+    disabled.await.expect("recorded");
+    assert_eq!(next_text(&mut socket).await, None, "closed");
+    ended.await.expect("ended");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    drop(socket);
+    running.end().await;
+}
