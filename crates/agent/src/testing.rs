@@ -36,6 +36,7 @@ pub(crate) fn definition(number: u8) -> VmDefinition {
             nics: Vec::new(),
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 60,
         },
         image: Image {

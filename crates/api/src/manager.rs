@@ -3,20 +3,23 @@
 //! A VM is named in a path by its id or by `segment/name` (the slash percent-encoded); other things by id or name.
 //! Changes that take time answer with an operation; who wants to wait asks [`OperationWait`].
 
+use berth_model::access::Action;
 use berth_model::host::Host;
 use berth_model::image::{Image, ImagePart, PartRole};
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::{Nic, Vm};
-use berth_model::{HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
+use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::endpoint::Nothing;
 
+mod access;
 mod audit;
 
+pub use access::*;
 pub use audit::{
     AuditCheckpoint, AuditExportQuery, AuditKey, AuditListQuery, AuditRecord, ConsistencyProof,
     ConsistencyQuery, InclusionProof, InclusionQuery,
@@ -142,6 +145,16 @@ paths! {
     UserPath { /** Id or name. */ user: String }
     /// A token in a path.
     TokenPath { /** Id. */ token: TokenId }
+    /// A team in a path.
+    TeamPath { /** Id or name. */ team: String }
+    /// A role in a path.
+    RolePath { /** Name, or id. */ role_name: String }
+    /// A grant in a path.
+    GrantPath { /** Id. */ grant: GrantId }
+    /// A policy in a path.
+    PolicyPath { /** Id or name. */ policy: String }
+    /// An approval in a path.
+    ApprovalPath { /** Id. */ approval: ApprovalId }
 }
 
 /// A page of a list.
@@ -161,10 +174,15 @@ pub struct WhoAmI {
     pub user: Name,
     /// The user's id.
     pub id: UserId,
-    /// The user's roles.
-    pub roles: Vec<String>,
-    /// The token that was shown.
+    /// The teams that the user is in, by name.
+    pub teams: Vec<Name>,
+    /// The token or session that was shown.
     pub token: TokenId,
+    /// How the caller proved who it is.
+    pub method: String,
+    /// What the token may be used for; none: for all that its owner may do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
 }
 
 /// Whether something is allowed, and why.
@@ -231,6 +249,12 @@ pub struct Segment {
     pub id: SegmentId,
     /// Its name, unique in the cluster.
     pub name: Name,
+    /// The segment that it is inside of: what is granted there, is granted here as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<SegmentId>,
+    /// The most that its VMs may be and take together.
+    #[serde(default)]
+    pub quota: Quota,
     /// When it was made.
     pub created_at: Timestamp,
 }
@@ -240,6 +264,12 @@ pub struct Segment {
 pub struct CreateSegment {
     /// Its name.
     pub name: Name,
+    /// The segment that it is to be inside of (id or name).
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// The most that its VMs may be and take together.
+    #[serde(default)]
+    pub quota: Quota,
 }
 
 /// Wish for an image: its parts are uploaded after this, each with [`ImagePartUpload`].
@@ -299,6 +329,9 @@ pub struct CreateVm {
     /// Held against deletion.
     #[serde(default)]
     pub protected: bool,
+    /// What kind of VM it is to the policies; none: `standard`.
+    #[serde(default)]
+    pub class: Option<Name>,
     /// How long the guest may take to be ready, in seconds; none: 300.
     #[serde(default)]
     pub ready_timeout_s: Option<u32>,
@@ -327,9 +360,12 @@ pub type NicReply = Nic;
 /// A change of a VM's settings; what is absent stays.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 pub struct UpdateVm {
-    /// Held against deletion.
+    /// Held against deletion. To lift that needs `vm.classify`.
     #[serde(default)]
     pub protected: Option<bool>,
+    /// What kind of VM it is to the policies; to change it needs `vm.classify`.
+    #[serde(default)]
+    pub class: Option<Name>,
     /// How long the guest may take to be ready, in seconds.
     #[serde(default)]
     pub ready_timeout_s: Option<u32>,
@@ -396,8 +432,12 @@ pub struct User {
     pub id: UserId,
     /// Its name.
     pub name: Name,
-    /// Its roles: `admin`, or none.
-    pub roles: Vec<String>,
+    /// Shut out: none of its tokens and sessions is good.
+    #[serde(default)]
+    pub disabled: bool,
+    /// The groups that login providers said it is in, when it last logged in through them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub external_groups: Vec<ExternalGroup>,
     /// When it was made.
     pub created_at: Timestamp,
 }
@@ -407,9 +447,19 @@ pub struct User {
 pub struct CreateUser {
     /// Its name.
     pub name: Name,
-    /// Its roles.
-    #[serde(default)]
-    pub roles: Vec<String>,
+}
+
+/// What kind of bearer secret it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenKind {
+    /// Made by its owner, or by an administrator for it, for a program; it can't make others.
+    #[default]
+    Token,
+    /// Came of a login.
+    Session,
+    /// Made at the cluster's first start, for its first administrator to begin with.
+    First,
 }
 
 /// A token, without its secret.
@@ -419,6 +469,18 @@ pub struct Token {
     pub id: TokenId,
     /// Whose it is.
     pub user: UserId,
+    /// What kind it is.
+    #[serde(default)]
+    pub kind: TokenKind,
+    /// How its owner proved who it is when it was made: `password`, `oidc`, `ldap`; for other kinds, the kind.
+    #[serde(default)]
+    pub method: String,
+    /// Whether a second factor was part of that.
+    #[serde(default)]
+    pub second_factor: bool,
+    /// What it may be used for; none: for all that its owner may do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
     /// A word about it.
     pub note: String,
     /// When it was made.
@@ -429,10 +491,17 @@ pub struct Token {
 }
 
 /// Wish for a token.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 pub struct CreateToken {
-    /// Whose (id or name).
-    pub user: String,
+    /// Whose (id or name); none: the caller's.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// What it may be used for; none: for all that its owner may do.
+    #[serde(default)]
+    pub actions: Option<Vec<Action>>,
+    /// In which segment (id or name); none: wherever its owner may.
+    #[serde(default)]
+    pub segment: Option<String>,
     /// A word about it.
     #[serde(default)]
     pub note: String,
@@ -474,6 +543,10 @@ crate::endpoints! {
     WhoAmIShow: GET "/v1/whoami", Json, SelfView, path Nothing, query Nothing, body (), reply WhoAmI;
     /// Whether the caller may do something, and why.
     CanI: GET "/v1/can-i", Json, SelfView, path Nothing, query CanIQuery, body (), reply CanIReply;
+    /// Who may do something.
+    WhoCan: GET "/v1/who-can", Json, GrantView, path Nothing, query CanIQuery, body (), reply Page<Holder>;
+    /// What the caller, or another user, may do.
+    WhatCan: GET "/v1/what-can", Json, SelfView, path Nothing, query WhatCanQuery, body (), reply Page<Holding>;
 
     /// Make a token with which one machine can join.
     JoinTokenCreate: POST "/v1/join-tokens", Json, HostJoin, path Nothing, query Nothing, body CreateJoinToken, reply JoinToken;
@@ -492,6 +565,10 @@ crate::endpoints! {
     SegmentList: GET "/v1/segments", Json, SegmentView, path Nothing, query PageQuery, body (), reply Page<Segment>;
     /// Make a segment.
     SegmentCreate: POST "/v1/segments", Json, SegmentCreate, path Nothing, query Nothing, body CreateSegment, reply Segment;
+    /// A segment, and what is used of its quota.
+    SegmentShow: GET "/v1/segments/{segment}", Json, SegmentView, path SegmentPath, query Nothing, body (), reply SegmentReport;
+    /// Rename a segment, or set its quota.
+    SegmentUpdate: PATCH "/v1/segments/{segment}", Json, SegmentConfigure, path SegmentPath, query Nothing, body UpdateSegment, reply Segment;
     /// Delete an empty segment.
     SegmentDelete: DELETE "/v1/segments/{segment}", Json, SegmentDelete, path SegmentPath, query Nothing, body (), reply ();
 
@@ -581,7 +658,59 @@ crate::endpoints! {
     /// The tokens, without their secrets.
     TokenList: GET "/v1/tokens", Json, UserView, path Nothing, query PageQuery, body (), reply Page<Token>;
     /// Make a token; its secret is shown once.
-    TokenCreate: POST "/v1/tokens", Json, UserManage, path Nothing, query Nothing, body CreateToken, reply NewToken;
+    TokenCreate: POST "/v1/tokens", Json, TokenCreate, path Nothing, query Nothing, body CreateToken, reply NewToken;
+    /// A user.
+    UserShow: GET "/v1/users/{user}", Json, UserView, path UserPath, query Nothing, body (), reply User;
+
+    /// The teams.
+    TeamList: GET "/v1/teams", Json, UserView, path Nothing, query PageQuery, body (), reply Page<Team>;
+    /// Make a team.
+    TeamCreate: POST "/v1/teams", Json, TeamManage, path Nothing, query Nothing, body CreateTeam, reply Team;
+    /// A team.
+    TeamShow: GET "/v1/teams/{team}", Json, UserView, path TeamPath, query Nothing, body (), reply Team;
+    /// Change a team; who comes in must not get more than the caller has.
+    TeamUpdate: PATCH "/v1/teams/{team}", Json, TeamManage, path TeamPath, query Nothing, body UpdateTeam, reply Team;
+    /// Delete a team that has no grants and no teams in it.
+    TeamDelete: DELETE "/v1/teams/{team}", Json, TeamManage, path TeamPath, query Nothing, body (), reply ();
+
+    /// The roles, built-in ones first.
+    RoleList: GET "/v1/roles", Json, SelfView, path Nothing, query PageQuery, body (), reply Page<Role>;
+    /// Make a role, from nothing or as a copy.
+    RoleCreate: POST "/v1/roles", Json, RoleManage, path Nothing, query Nothing, body CreateRole, reply Role;
+    /// Change a role that somebody made.
+    RoleUpdate: PATCH "/v1/roles/{role_name}", Json, RoleManage, path RolePath, query Nothing, body UpdateRole, reply Role;
+    /// Delete a role that nobody has.
+    RoleDelete: DELETE "/v1/roles/{role_name}", Json, RoleManage, path RolePath, query Nothing, body (), reply ();
+
+    /// The grants that the caller may see, and its own.
+    GrantList: GET "/v1/grants", Json, GrantView, path Nothing, query GrantListQuery, body (), reply Page<Grant>;
+    /// Give a team or a user a role; one can give only what one has.
+    GrantCreate: POST "/v1/grants", Json, GrantManage, path Nothing, query Nothing, body CreateGrant, reply Grant;
+    /// Take a grant away.
+    GrantDelete: DELETE "/v1/grants/{grant}", Json, GrantManage, path GrantPath, query Nothing, body (), reply ();
+    /// Ask for a role for some time; somebody else approves.
+    GrantRequest: POST "/v1/grant-requests", Json, GrantRequest, path Nothing, query Nothing, body RequestGrant, reply Approval;
+
+    /// The policies that somebody wrote.
+    PolicyList: GET "/v1/policies", Json, PolicyView, path Nothing, query PageQuery, body (), reply Page<Policy>;
+    /// Write a policy; it is checked strictly, and begins in shadow.
+    PolicyCreate: POST "/v1/policies", Json, PolicyManage, path Nothing, query Nothing, body CreatePolicy, reply PolicyReport;
+    /// A policy, and what it changes or would change.
+    PolicyShow: GET "/v1/policies/{policy}", Json, PolicyView, path PolicyPath, query Nothing, body (), reply PolicyReport;
+    /// Let a policy count.
+    PolicyActivate: POST "/v1/policies/{policy}/activate", Json, PolicyManage, path PolicyPath, query Nothing, body (), reply PolicyReport;
+    /// Put a policy back into shadow.
+    PolicyDeactivate: POST "/v1/policies/{policy}/deactivate", Json, PolicyManage, path PolicyPath, query Nothing, body (), reply PolicyReport;
+    /// Delete a policy.
+    PolicyDelete: DELETE "/v1/policies/{policy}", Json, PolicyManage, path PolicyPath, query Nothing, body (), reply ();
+
+    /// What waits for a second person: the caller's own, and what it may decide.
+    ApprovalList: GET "/v1/approvals", Json, SelfView, path Nothing, query PageQuery, body (), reply Page<Approval>;
+    /// Approve: the request may be made again, once.
+    ApprovalApprove: POST "/v1/approvals/{approval}/approve", Json, ApprovalDecide, path ApprovalPath, query Nothing, body (), reply Approval;
+    /// Deny.
+    ApprovalDeny: POST "/v1/approvals/{approval}/deny", Json, ApprovalDecide, path ApprovalPath, query Nothing, body (), reply Approval;
+
     /// Revoke a token.
     TokenDelete: DELETE "/v1/tokens/{token}", Json, UserManage, path TokenPath, query Nothing, body (), reply ();
 }

@@ -34,11 +34,13 @@ fn parse_action(text: &str) -> Result<Action, String> {
 pub async fn whoami(session: &Session) -> Result<(), Failure> {
     let me = session.ask::<WhoAmIShow>(&Nothing {}, &Nothing {}).await?;
     session.output.one(&me, || {
-        let roles = if me.roles.is_empty() { NOTHING.to_owned() } else { me.roles.join(", ") };
+        let teams: Vec<&str> = me.teams.iter().map(|team| team.as_str()).collect();
+        let teams = if teams.is_empty() { NOTHING.to_owned() } else { teams.join(", ") };
         Facts::new()
             .with("user", &me.user)
             .with("id", &me.id)
-            .with("roles", roles)
+            .with("teams", teams)
+            .with("proved by", &me.method)
             .with("token", &me.token)
             .with("manager", session.client.address())
     })

@@ -151,7 +151,11 @@ fn hint(problem: &Problem) -> Option<&'static str> {
         ProblemCode::NoSpace => {
             Some("make room there, or use another pool; 'berth host show HOST' says how full they are")
         }
+        ProblemCode::OverQuota => {
+            Some("'berth segment show SEGMENT' says what is used; delete something, or ask for more")
+        }
         ProblemCode::InvalidInput
+        | ProblemCode::ApprovalNeeded
         | ProblemCode::AlreadyExists
         | ProblemCode::WrongState
         | ProblemCode::Protected

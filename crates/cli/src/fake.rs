@@ -180,6 +180,7 @@ pub fn vm(name: &str) -> Vm {
             }],
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
         },
         status: VmStatus {
@@ -205,6 +206,7 @@ pub fn operation(kind: OperationKind) -> Operation {
         kind,
         vm: Some(VmId::from_entropy([1; 10])),
         image: None,
+        segment: None,
         subject: "default/books".to_owned(),
         actor: "admin".to_owned(),
         state: OperationState::Running,

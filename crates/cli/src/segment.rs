@@ -55,7 +55,7 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
             session.would(Action::SegmentCreate, None, &format!("would make segment {name}")).await
         }
         Verb::Create { name, .. } => {
-            let wish = CreateSegment { name };
+            let wish = CreateSegment { name, parent: None, quota: berth_api::manager::Quota::default() };
             let made = session.send::<SegmentCreate>(&Nothing {}, &Nothing {}, &wish).await?;
             session.output.done(&made, || format!("segment {} is there", made.name))
         }

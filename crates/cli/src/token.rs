@@ -58,7 +58,7 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
             session.would(Action::UserManage, None, &format!("would make a token for user {user}")).await
         }
         Verb::Create { user, note, expires, .. } => {
-            let wish = CreateToken { user, note, expires_s: expires };
+            let wish = CreateToken { user: Some(user), note, expires_s: expires, ..CreateToken::default() };
             let made = session.send::<TokenCreate>(&Nothing {}, &Nothing {}, &wish).await?;
             session.output.done(&made, || {
                 format!("{}\n\nthis is {}, shown once; it is not kept anywhere", made.secret, made.token.id)

@@ -10,7 +10,7 @@ use clap::Subcommand;
 use crate::arguments::{DryRunArguments, ListArguments};
 use crate::exit::Failure;
 use crate::lookup::parse_name;
-use crate::output::{NOTHING, Table, instant};
+use crate::output::{Table, instant};
 use crate::session::Session;
 
 /// What can be done.
@@ -23,9 +23,6 @@ pub enum Verb {
         /// Its name
         #[arg(value_parser = parse_name)]
         name: Name,
-        /// A role, like admin; may be given several times
-        #[arg(long = "role", value_name = "ROLE")]
-        roles: Vec<String>,
         #[command(flatten)]
         dry_run: DryRunArguments,
     },
@@ -51,8 +48,8 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         Verb::Create { name, dry_run, .. } if dry_run.dry_run => {
             session.would(Action::UserManage, None, &format!("would make user {name}")).await
         }
-        Verb::Create { name, roles, .. } => {
-            let wish = CreateUser { name, roles };
+        Verb::Create { name, .. } => {
+            let wish = CreateUser { name };
             let made = session.send::<UserCreate>(&Nothing {}, &Nothing {}, &wish).await?;
             session.output.done(&made, || {
                 format!("user {} is there; give it a token: berth token create {}", made.name, made.name)
@@ -84,8 +81,8 @@ pub async fn list(session: &Session, limit: Option<u32>) -> Result<Vec<User>, Fa
 }
 
 fn table(users: &[User]) -> Table {
-    Table::of(&["NAME", "ID", "ROLES", "MADE"], users, |user| {
-        let roles = if user.roles.is_empty() { NOTHING.to_owned() } else { user.roles.join(",") };
-        [user.name.to_string(), user.id.to_string(), roles, instant(user.created_at)]
+    Table::of(&["NAME", "ID", "STATE", "MADE"], users, |user| {
+        let state = if user.disabled { "disabled" } else { "active" };
+        [user.name.to_string(), user.id.to_string(), state.to_owned(), instant(user.created_at)]
     })
 }

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use berth_api::manager::{Scope, TokenKind};
 use berth_api::pki::Peer;
 use berth_api::serve::Caller;
 use berth_model::name::Name;
@@ -35,10 +36,16 @@ pub struct UserPrincipal {
     pub id: UserId,
     /// The user's name.
     pub name: Name,
-    /// The user's roles at this moment.
-    pub roles: Vec<String>,
-    /// The token.
+    /// The token or session that was shown.
     pub token: TokenId,
+    /// What kind it is.
+    pub kind: TokenKind,
+    /// How the user proved who it is when that was made: `password`, `oidc`, `ldap`, `token`, `first-token`.
+    pub method: String,
+    /// Whether a second factor was part of that.
+    pub second_factor: bool,
+    /// What it may be used for; none: for all that the user may do.
+    pub scope: Option<Scope>,
 }
 
 /// Who asks.
@@ -62,6 +69,16 @@ impl Principal {
             Self::Host(host) => host.to_string(),
             Self::JoinToken(_) => "join-token".to_owned(),
             Self::Anonymous => "anonymous".to_owned(),
+        }
+    }
+
+    /// How it proved who it is, and whether a second factor was part of that.
+    pub fn method(&self) -> (&str, bool) {
+        match self {
+            Self::User(user) => (&user.method, user.second_factor),
+            Self::Host(_) => ("certificate", false),
+            Self::JoinToken(_) => ("join-token", false),
+            Self::Anonymous => ("none", false),
         }
     }
 

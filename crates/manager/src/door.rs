@@ -41,6 +41,7 @@ mod written;
 pub mod call;
 pub mod input;
 pub mod reply;
+pub mod second_person;
 pub mod target;
 
 use arrival::Arrival;
@@ -99,8 +100,23 @@ impl Gate {
                 known.then_some(Principal::Host(host))
             }
             // Who joins proves it in the body, which has not been read yet.
-            (Shown::Nothing, Action::Public | Action::Enrol) => Some(Principal::Anonymous),
+            (Shown::Nothing, Action::Public | Action::Enrol | Action::Login) => Some(Principal::Anonymous),
             (Shown::Nothing | Shown::Nonsense, _) => None,
+        }
+    }
+
+    /// What somebody gets who is known and may not. It is the same whether the thing exists or not; who may see the
+    /// thing is told what would allow it.
+    pub fn not_allowed(&self, action: Action, principal: &Principal, resource: &Resource) -> Problem {
+        let message =
+            format!("{} may not '{}' here, or there is no such thing", principal.actor(), action.as_str());
+        let problem = Problem::new(ProblemCode::NotAllowed, message);
+        match self.policies.what_would_allow(principal, action, resource) {
+            Some(hint) => Problem {
+                message: format!("{} may not '{}': {hint}", principal.actor(), action.as_str()),
+                ..problem
+            },
+            None => problem,
         }
     }
 
@@ -230,10 +246,35 @@ where
         Ok(located) => located.resource.clone(),
         Err(_) => Resource::absent(T::KIND, &named),
     };
-    let decision = gate.policies.decide(&principal, E::ACTION, &resource);
+    let mut approved = false;
+    let mut decision = gate.policies.decide(&principal, E::ACTION, &resource, false);
+    if decision.failed {
+        gate.metrics.policy_failed();
+    }
+    if let (Some(about), Ok(input), Ok(_), Principal::User(user)) =
+        (&decision.needs_approval, &input, &located, &principal)
+    {
+        let wanted = second_person::Wanted {
+            user,
+            action: E::ACTION,
+            resource: &resource,
+            request: format!("{} {}", parts.method, parts.uri),
+            sha256: second_person::hash_of(user, &resource, input),
+            about,
+            dry_run: is_dry_run(parts.uri.query()),
+        };
+        match second_person::pass(&gate.cluster, &wanted).await {
+            Ok(approval) => {
+                approved = true;
+                decision = gate.policies.decide(&principal, E::ACTION, &resource, true);
+                decision.reason = format!("{}; approved by {approval}", decision.reason);
+            }
+            Err(problem) => return arrival.refuse(&principal, &resource, decision, problem).await,
+        }
+    }
     if !decision.allowed {
-        let problem = not_allowed(E::ACTION, &principal);
-        return arrival.refuse(&principal, &resource, &decision.reason, problem).await;
+        let problem = gate.not_allowed(E::ACTION, &principal, &resource);
+        return arrival.refuse(&principal, &resource, decision, problem).await;
     }
     let open = match arrival.write_down(&principal, &resource, &decision).await {
         Ok(open) => open,
@@ -244,10 +285,15 @@ where
         Err(problem) => return arrival.conclude(Err(problem), open),
     };
     let is_change = parts.method != Method::GET && parts.method != Method::HEAD;
-    let ctx = Ctx::new(gate, principal, &arrival);
+    let ctx = Ctx::new(gate, principal, &arrival, approved);
     let call = Call { ctx, target: located.target, input, parts, body };
     let handled = handle(arrival, open, Box::pin(async move { run(call).await }));
     if is_change { run_to_the_end(handled).await } else { handled.await }
+}
+
+/// Whether a query says to only try. What the query means otherwise is the route's business.
+fn is_dry_run(query: Option<&str>) -> bool {
+    query.is_some_and(|query| query.split('&').any(|pair| pair == "dry_run=true"))
 }
 
 /// Goes on also when the caller hangs up.
@@ -281,14 +327,6 @@ fn fault(endpoint: &'static str, panic: &(dyn std::any::Any + Send)) -> Problem 
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without words");
     tracing::error!(endpoint, text, "a request panicked");
     Problem::new(ProblemCode::Internal, "this is a fault in Berth; please report it with the request id")
-}
-
-/// What somebody gets who is known and may not. It is the same whether the thing exists or not.
-pub fn not_allowed(action: Action, principal: &Principal) -> Problem {
-    Problem::new(
-        ProblemCode::NotAllowed,
-        format!("{} may not '{}' here, or there is no such thing", principal.actor(), action.as_str()),
-    )
 }
 
 #[cfg(test)]

@@ -3,14 +3,20 @@
 //! A handler is short: it turns a request that was let through into calls of the cluster, and the result into the
 //! contract's reply. What a change needs and does stands in its workflow.
 
+pub mod access;
+pub mod approval;
 pub mod audit;
 pub mod enrol;
+pub mod grant;
 pub mod host;
 pub mod image;
 pub mod operation;
+pub mod policy;
+pub mod role;
 pub mod segment;
 pub mod snapshot;
 pub mod system;
+pub mod team;
 pub mod token;
 pub mod user;
 pub mod vm;
@@ -24,6 +30,7 @@ use crate::door::Door;
 /// Mounts every route of the contract.
 pub fn mount(door: Door) -> Door {
     let door = system::mount(door);
+    let door = access::mount(door);
     let door = enrol::mount(door);
     let door = host::mount(door);
     let door = segment::mount(door);
@@ -34,5 +41,10 @@ pub fn mount(door: Door) -> Door {
     let door = operation::mount(door);
     let door = audit::mount(door);
     let door = user::mount(door);
+    let door = team::mount(door);
+    let door = role::mount(door);
+    let door = grant::mount(door);
+    let door = policy::mount(door);
+    let door = approval::mount(door);
     token::mount(door)
 }

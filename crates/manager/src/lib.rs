@@ -14,6 +14,7 @@ pub mod audit;
 pub mod auth;
 pub mod door;
 pub mod policy;
+pub mod quota;
 
 pub mod http;
 

@@ -59,6 +59,7 @@ pub struct Metrics {
     pauses: Histogram,
     restores: Histogram,
     requests: Family<RequestLabels, Counter<u64, AtomicU64>>,
+    policy_failures: Counter,
     forward_lags: Family<DestinationLabel, Gauge>,
     forward_failures: Family<DestinationLabel, Counter>,
 }
@@ -86,6 +87,7 @@ impl Metrics {
             pauses: instants(),
             restores: instants(),
             requests: Family::default(),
+            policy_failures: Counter::default(),
             forward_lags: Family::default(),
             forward_failures: Family::default(),
             registry: Registry::default(),
@@ -112,6 +114,11 @@ impl Metrics {
             "restore_running_seconds",
             "From the command to restore to the guest running",
             metrics.restores.clone(),
+        );
+        registry.register(
+            "policy_failures",
+            "Access decisions that failed and were taken as denials: a written policy is wrong",
+            metrics.policy_failures.clone(),
         );
         registry.register("http_requests", "Requests that were answered", metrics.requests.clone());
         registry.register(
@@ -143,6 +150,11 @@ impl Metrics {
     /// Counts a request that was answered.
     pub fn answered(&self, endpoint: &'static str, status: u16) {
         self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+    }
+
+    /// Counts an access decision that failed.
+    pub fn policy_failed(&self) {
+        self.policy_failures.inc();
     }
 
     /// Counts an operation that is over.

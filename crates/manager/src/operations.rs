@@ -43,6 +43,15 @@ pub struct Begin {
     pub request: OperationRequest,
     /// Only if the VM has not changed since this revision (If-Match).
     pub if_match: Option<Revision>,
+    /// Whether a second person has approved it: then what is held against deletion may be deleted.
+    pub approved: bool,
+}
+
+impl Begin {
+    /// A plain one.
+    pub fn new(actor: impl Into<String>, request: OperationRequest) -> Self {
+        Self { actor: actor.into(), request, if_match: None, approved: false }
+    }
 }
 
 /// Which operations.

@@ -1,341 +1,325 @@
-//! Who may do what: the Cedar policies, and asking them.
+//! Who may do what, why, and what somebody may see.
 //!
-//! The policies and their schema are files beside this crate, compiled in; there is nothing to configure yet. They
-//! are read and validated strictly at start: a policy that does not fit the schema stops the manager, because Cedar
-//! skips policies that fail, and a `forbid` that is skipped forbids nothing. For the same reason an error while
-//! deciding denies, whatever else was found, and is logged.
+//! Three things decide, and only together: fixed policies that hold in every cluster (a file beside this crate), grants
+//! (who has which role where), and policies that an operator wrote. All of them are Cedar; whatever none of them
+//! permits is denied, and whatever one of them forbids stays forbidden. A token narrows its owner's rights further.
 //!
-//! Each question is asked with just the entities that it needs (who asks with its roles, and the thing with what it
-//! is in), so that a decision costs the same in a cluster of any size.
+//! - [`resource`]: what an action is about, as it is to the policies;
+//! - [`engine`]: Cedar itself;
+//! - [`book`]: teams, segments, grants and written policies, read from the records and ready to be asked;
+//! - [`visible`]: which segments' things somebody may see, for lists;
+//! - [`escalation`]: that nobody gives what it does not have;
+//! - [`shadow`]: what a policy would have changed among recent decisions.
 
-use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
-use berth_model::HostId;
-use berth_model::access::Action;
-use cedar_policy::{
-    Authorizer, Context, Decision as CedarDecision, Entities, Entity, EntityId, EntityTypeName, EntityUid,
-    PolicySet, Request, Schema, ValidationMode, Validator,
-};
+use berth_api::manager::{Scope, User};
+use berth_model::access::{Action, BUILT_IN_ROLES};
+use berth_model::{TeamId, Timestamp};
 
-use crate::auth::Principal;
+use crate::auth::{Principal, UserPrincipal};
+use crate::cluster::Cluster;
 
-/// The schema, as compiled in.
-pub const SCHEMA: &str = include_str!("../policy/schema.cedarschema");
-/// The policies, as compiled in.
-pub const POLICIES: &str = include_str!("../policy/policies.cedar");
+pub mod book;
+pub mod engine;
+pub mod escalation;
+pub mod resource;
+pub mod shadow;
+pub mod visible;
 
-/// The roles that a user can have. "None" is to have none of them.
-pub const ROLES: [&str; 1] = ["admin"];
+use book::{Book, Slice};
+use engine::{Engine, Question, Verdict};
+use shadow::Recent;
 
-/// The one cluster's id in policies.
-const CLUSTER_ID: &str = "cluster";
-/// The id of what was asked for and is not there.
-const ABSENT_ID: &str = "absent";
+pub use engine::PolicyError;
+pub use resource::{Attribute, Resource, ResourceKind};
 
-/// Policies that can't be used.
-#[derive(Debug, thiserror::Error)]
-#[error("the access policies can't be used: {detail}")]
-pub struct PolicyError {
-    /// What is wrong with them.
-    pub detail: String,
-}
-
-/// What kind of thing something is done to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ResourceKind {
-    /// The cluster as a whole.
-    Cluster,
-    /// A segment.
-    Segment,
-    /// A host.
-    Host,
-    /// An image.
-    Image,
-    /// A VM.
-    Vm,
-    /// A snapshot of a VM.
-    Snapshot,
-    /// An operation.
-    Operation,
-    /// A user.
-    User,
-    /// A token.
-    Token,
-}
-
-impl ResourceKind {
-    /// Every kind.
-    pub const ALL: [Self; 9] = [
-        Self::Cluster,
-        Self::Segment,
-        Self::Host,
-        Self::Image,
-        Self::Vm,
-        Self::Snapshot,
-        Self::Operation,
-        Self::User,
-        Self::Token,
-    ];
-
-    /// The noun, as in the audit (`vm:default/books`).
-    pub const fn noun(self) -> &'static str {
-        match self {
-            Self::Cluster => "cluster",
-            Self::Segment => "segment",
-            Self::Host => "host",
-            Self::Image => "image",
-            Self::Vm => "vm",
-            Self::Snapshot => "snapshot",
-            Self::Operation => "operation",
-            Self::User => "user",
-            Self::Token => "token",
-        }
-    }
-
-    const fn cedar_type(self) -> &'static str {
-        match self {
-            Self::Cluster => "Cluster",
-            Self::Segment => "Segment",
-            Self::Host => "Host",
-            Self::Image => "Image",
-            Self::Vm => "Vm",
-            Self::Snapshot => "Snapshot",
-            Self::Operation => "Operation",
-            Self::User => "User",
-            Self::Token => "Token",
-        }
-    }
-}
-
-/// Something that an action is about, with what it is in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resource {
-    kind: ResourceKind,
-    id: String,
-    label: String,
-    parent: Option<Box<Self>>,
-}
-
-impl Resource {
-    /// The cluster.
-    pub fn cluster() -> Self {
-        Self { kind: ResourceKind::Cluster, id: CLUSTER_ID.into(), label: "cluster".into(), parent: None }
-    }
-
-    /// A thing that is in another, called so by people.
-    pub fn inside(parent: Self, kind: ResourceKind, id: &str, name: &str) -> Self {
-        let label = format!("{}:{name}", kind.noun());
-        Self { kind, id: id.to_owned(), label, parent: Some(Box::new(parent)) }
-    }
-
-    /// A thing that is directly in the cluster.
-    pub fn of_cluster(kind: ResourceKind, id: &str, name: &str) -> Self {
-        Self::inside(Self::cluster(), kind, id, name)
-    }
-
-    /// What stands for a thing of this kind that is not there: who may do the action to it may do it anywhere, and
-    /// may be told that it is not there. Everybody else gets the answer that they get for what they may not touch.
-    pub fn absent(kind: ResourceKind, name: &str) -> Self {
-        let parent = match kind {
-            ResourceKind::Cluster => return Self::cluster(),
-            ResourceKind::Vm => Self::absent(ResourceKind::Segment, name),
-            ResourceKind::Snapshot => Self::absent(ResourceKind::Vm, name),
-            ResourceKind::Segment
-            | ResourceKind::Host
-            | ResourceKind::Image
-            | ResourceKind::Operation
-            | ResourceKind::User
-            | ResourceKind::Token => Self::cluster(),
-        };
-        let mut absent = Self::inside(parent, kind, ABSENT_ID, name);
-        if name.is_empty() {
-            kind.noun().clone_into(&mut absent.label);
-        }
-        absent
-    }
-
-    /// `vm:default/books`, for the audit.
-    pub fn label(&self) -> &str {
-        &self.label
-    }
-}
+/// What is said when the policies can't be asked.
+const FAILED: &str = "the access policies could not be evaluated";
+/// What is said when nothing permits it.
+const NOTHING_PERMITS: &str = "no grant or policy permits it";
 
 /// What the policies say.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
     /// Whether it is allowed.
     pub allowed: bool,
     /// Why, in a sentence.
     pub reason: String,
+    /// The ids of the policies and grants that decided.
+    pub by: Vec<String>,
+    /// SHA-256 of all that could have decided, in hexadecimal.
+    pub policy_hash: String,
+    /// A policy failed: that is why it is not allowed, and somebody has to look.
+    pub failed: bool,
+    /// It would be allowed if a second person approved: what that is about.
+    pub needs_approval: Option<String>,
+}
+
+impl Decision {
+    /// A no of the door's own, without a look at the policies.
+    pub fn denied(reason: &str) -> Self {
+        Self { reason: reason.to_owned(), ..Self::default() }
+    }
 }
 
 /// The policies, ready to be asked.
 pub struct Policies {
-    authorizer: Authorizer,
-    policies: PolicySet,
-    schema: Schema,
-    types: HashMap<&'static str, EntityTypeName>,
+    engine: Engine,
+    cluster: Arc<Cluster>,
+    book: RwLock<Arc<Book>>,
+    recent: Recent,
 }
 
 impl Policies {
-    /// Those that are compiled in.
+    /// Those of a cluster.
     ///
     /// # Errors
-    /// When they don't pass strict validation.
-    pub fn built_in() -> Result<Self, PolicyError> {
-        Self::from_text(SCHEMA, POLICIES)
+    /// When one does not pass strict validation.
+    pub fn open(cluster: Arc<Cluster>) -> Result<Self, PolicyError> {
+        let engine = Engine::new()?;
+        let book = RwLock::new(Arc::new(Book::read(&engine, &cluster.records, None)?));
+        Ok(Self { engine, cluster, book, recent: Recent::default() })
     }
 
-    fn from_text(schema: &str, policies: &str) -> Result<Self, PolicyError> {
-        let wrong = |detail: String| PolicyError { detail };
-        let (schema, warnings) =
-            Schema::from_cedarschema_str(schema).map_err(|error| wrong(format!("{error:?}")))?;
-        let warnings: Vec<String> = warnings.map(|warning| warning.to_string()).collect();
-        let policies: PolicySet = policies.parse().map_err(|error| wrong(format!("{error:?}")))?;
-        let checked = Validator::new(schema.clone()).validate(&policies, ValidationMode::Strict);
-        let faults: Vec<String> = checked
-            .validation_errors()
-            .map(ToString::to_string)
-            .chain(checked.validation_warnings().map(ToString::to_string))
-            .chain(warnings)
-            .collect();
-        if !faults.is_empty() {
-            return Err(wrong(faults.join("; ")));
-        }
-        if let Some(unnamed) = policies.policies().find(|policy| policy.annotation("id").is_none()) {
-            return Err(wrong(format!("{} has no @id", unnamed.id())));
-        }
-        Ok(Self { authorizer: Authorizer::new(), policies, schema, types: type_names()? })
+    /// Cedar, with the schema.
+    pub const fn engine(&self) -> &Engine {
+        &self.engine
     }
 
-    /// Asks whether `principal` may do `action` to `resource`.
-    pub fn decide(&self, principal: &Principal, action: Action, resource: &Resource) -> Decision {
-        self.try_decide(principal, action, resource).unwrap_or_else(|error| {
+    /// What was decided of late.
+    pub const fn recent(&self) -> &Recent {
+        &self.recent
+    }
+
+    /// The book as the records are now.
+    ///
+    /// # Errors
+    /// When what is recorded does not fit: then nothing may be decided by what was there before, either.
+    pub fn book(&self) -> Result<Arc<Book>, PolicyError> {
+        let known = Arc::clone(&self.book.read().unwrap_or_else(PoisonError::into_inner));
+        if known.stamp == book::stamp(&self.cluster.records) {
+            return Ok(known);
+        }
+        let fresh = Arc::new(Book::read(&self.engine, &self.cluster.records, Some(&known))?);
+        *self.book.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&fresh);
+        Ok(fresh)
+    }
+
+    /// Asks whether `principal` may do `action` to `resource`, and keeps the answer for comparisons.
+    pub fn decide(
+        &self,
+        principal: &Principal,
+        action: Action,
+        resource: &Resource,
+        approved: bool,
+    ) -> Decision {
+        let decision = self.look(principal, action, resource, approved);
+        self.recent.keep(principal, action, resource, approved, decision.allowed);
+        decision
+    }
+
+    /// The same as a mere question, which leaves no trace.
+    pub fn look(
+        &self,
+        principal: &Principal,
+        action: Action,
+        resource: &Resource,
+        approved: bool,
+    ) -> Decision {
+        self.try_look(principal, action, resource, approved).unwrap_or_else(|error| {
             tracing::error!(
                 action = action.as_str(),
                 resource = resource.label(),
                 detail = error.detail,
+                alarm = "policy-failed",
                 "an access decision failed and was taken as a denial"
             );
-            Decision { allowed: false, reason: "the access policies could not be evaluated".to_owned() }
+            Decision { failed: true, ..Decision::denied(FAILED) }
         })
     }
 
-    /// Whether the schema has this combination at all.
-    pub fn can_be_asked(&self, principal: &Principal, action: Action, kind: ResourceKind) -> bool {
-        self.request(principal, action, &Resource::absent(kind, ABSENT_ID)).is_ok_and(|asked| asked.is_some())
-    }
-
-    fn try_decide(
+    fn try_look(
         &self,
         principal: &Principal,
         action: Action,
         resource: &Resource,
+        approved: bool,
     ) -> Result<Decision, PolicyError> {
-        let Some(request) = self.request(principal, action, resource)? else {
-            let about_others =
-                ResourceKind::ALL.iter().any(|kind| self.can_be_asked(principal, action, *kind));
-            let reason = if about_others {
-                format!("'{}' is not done to a {}: say to what", action.as_str(), resource.kind.noun())
-            } else {
-                format!("'{}' is not for {}", action.as_str(), principal.kind_text())
-            };
-            return Ok(Decision { allowed: false, reason });
-        };
-        let entities = self.entities(principal, resource)?;
-        let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
-        let errors: Vec<String> = response.diagnostics().errors().map(ToString::to_string).collect();
-        if !errors.is_empty() {
-            return Err(PolicyError { detail: errors.join("; ") });
+        let book = self.book()?;
+        let policy_hash = book.hash.clone();
+        if let Some(reason) = self.outside_scope(&book, principal, action, resource) {
+            return Ok(Decision { policy_hash, ..Decision::denied(&reason) });
         }
-        let named = response.diagnostics().reason().next().and_then(|id| self.policies.annotation(id, "id"));
-        Ok(match (response.decision(), named) {
-            (CedarDecision::Allow, named) => {
-                Decision { allowed: true, reason: format!("policy '{}' permits it", named.unwrap_or("?")) }
+        let (slice, now) = (self.slice(&book, principal), self.cluster.clock.now());
+        let teams = slice.as_ref().map(|slice| slice.teams.as_slice()).unwrap_or_default();
+        let set = book.set_for(slice.as_deref(), action)?;
+        let mut question = Question { principal, teams, action, resource, approved, now };
+        let Some(verdict) = self.engine.ask(&set, &question)? else {
+            return Ok(Decision {
+                policy_hash,
+                ..Decision::denied(&self.misasked(principal, action, resource))
+            });
+        };
+        let needs_approval = match (verdict.allowed, approved) {
+            (false, false) if verdict.by.iter().any(|id| approval_text(&book, id).is_some()) => {
+                question.approved = true;
+                let then = self.engine.ask(&set, &question)?;
+                let texts = verdict.by.iter().filter_map(|id| approval_text(&book, id));
+                then.is_some_and(|then| then.allowed).then(|| texts.collect::<Vec<_>>().join("; "))
             }
-            (CedarDecision::Deny, Some(named)) => {
-                Decision { allowed: false, reason: format!("policy '{named}' forbids it") }
-            }
-            (CedarDecision::Deny, None) => {
-                Decision { allowed: false, reason: "no policy permits it".to_owned() }
-            }
+            _ => None,
+        };
+        let reason = self.reason(&book, &verdict);
+        Ok(Decision {
+            allowed: verdict.allowed,
+            reason,
+            by: verdict.by,
+            policy_hash,
+            failed: false,
+            needs_approval,
         })
     }
 
-    /// The question, or none when the schema does not have it.
-    fn request(
+    /// The caller's slice of the book; none for who is no user.
+    pub fn slice(&self, book: &Book, principal: &Principal) -> Option<Arc<Slice>> {
+        let Principal::User(user) = principal else { return None };
+        self.cluster.records.get::<User>(user.id.as_str()).map(|row| book.slice(&row))
+    }
+
+    /// The names of the teams that a user is in, directly or not.
+    pub fn teams_of(&self, user: &UserPrincipal) -> Vec<TeamId> {
+        let Ok(book) = self.book() else { return Vec::new() };
+        let row = self.cluster.records.get::<User>(user.id.as_str());
+        row.map(|row| book.slice(&row).teams.clone()).unwrap_or_default()
+    }
+
+    /// What would allow something, in a sentence, for who may know that the thing is there.
+    pub fn what_would_allow(
         &self,
         principal: &Principal,
         action: Action,
         resource: &Resource,
-    ) -> Result<Option<Request>, PolicyError> {
-        let (kind, id, _) = principal_entity(principal);
-        let asked = Request::new(
-            self.uid(kind, id)?,
-            self.uid("Action", action.as_str())?,
-            self.uid(resource.kind.cedar_type(), &resource.id)?,
-            Context::empty(),
-            Some(&self.schema),
+    ) -> Option<String> {
+        let Principal::User(_) = principal else { return None };
+        let sees = resource.kind() == ResourceKind::Cluster
+            || self.look(principal, seeing(resource.kind())?, resource, false).allowed;
+        if !sees || resource.id() == resource::ABSENT_ID || !action.is_grantable() {
+            return None;
+        }
+        let decision = self.look(principal, action, resource, false);
+        if !decision.by.is_empty() || decision.reason != NOTHING_PERMITS {
+            return Some(decision.reason);
+        }
+        let roles: Vec<&str> =
+            BUILT_IN_ROLES.iter().filter(|role| role.has(action)).map(|role| role.name).collect();
+        let book = self.book().ok()?;
+        let place = resource.segment().map_or_else(
+            || "for the cluster".to_owned(),
+            |segment| format!("in segment {}", book.segment_name(&segment)),
         );
-        Ok(asked.ok())
+        Some(format!("a grant {place} of a role that has it would allow it ({})", roles.join(", ")))
     }
 
-    fn entities(&self, principal: &Principal, resource: &Resource) -> Result<Entities, PolicyError> {
-        let (kind, id, roles) = principal_entity(principal);
-        let mut parents: HashMap<EntityUid, Vec<EntityUid>> = HashMap::new();
-        let mut held = Vec::new();
-        for role in roles {
-            let role = self.uid("Role", role)?;
-            parents.entry(role.clone()).or_default();
-            held.push(role);
+    /// Why a token can't be used for this, whatever its owner may do.
+    fn outside_scope(
+        &self,
+        book: &Book,
+        principal: &Principal,
+        action: Action,
+        resource: &Resource,
+    ) -> Option<String> {
+        let Principal::User(UserPrincipal { scope: Some(Scope { actions, segment }), .. }) = principal else {
+            return None;
+        };
+        let is_lasting = matches!(action, Action::SelfView | Action::Public);
+        if !is_lasting && !actions.contains(&action) {
+            return Some(format!("the token is not for '{}'", action.as_str()));
         }
-        parents.insert(self.uid(kind, id)?, held);
-        let mut next = Some(resource);
-        while let Some(thing) = next {
-            let above = thing.parent.as_deref();
-            let uid = self.uid(thing.kind.cedar_type(), &thing.id)?;
-            let above_uid = above.map(|above| self.uid(above.kind.cedar_type(), &above.id)).transpose()?;
-            parents.entry(uid).or_default().extend(above_uid);
-            next = above;
-        }
-        let entities: Vec<Entity> = parents
-            .into_iter()
-            .map(|(uid, parents)| Entity::new_no_attrs(uid, parents.into_iter().collect()))
-            .collect();
-        Entities::from_entities(entities, Some(&self.schema))
-            .map_err(|error| PolicyError { detail: error.to_string() })
+        let segment = segment.as_ref()?;
+        let is_list = resource.kind() == ResourceKind::Listing;
+        (!is_lasting && !is_list && !resource.is_within(segment))
+            .then(|| format!("the token is for segment {} only", book.segment_name(segment)))
     }
 
-    fn uid(&self, kind: &str, id: &str) -> Result<EntityUid, PolicyError> {
-        let name =
-            self.types.get(kind).ok_or_else(|| PolicyError { detail: format!("no entity type {kind}") })?;
-        Ok(EntityUid::from_type_name_and_id(name.clone(), EntityId::new(id)))
+    /// What is said of a question that the schema does not have.
+    fn misasked(&self, principal: &Principal, action: Action, resource: &Resource) -> String {
+        if self.engine.kinds_for(principal, action).is_empty() {
+            return format!("'{}' is not for {}", action.as_str(), principal.kind_text());
+        }
+        format!("'{}' is not done to a {}: say to what", action.as_str(), resource.kind().noun())
+    }
+
+    fn reason(&self, book: &Book, verdict: &Verdict) -> String {
+        let Some(first) = verdict.by.iter().max_by_key(|id| self.lasts(book, id)) else {
+            return NOTHING_PERMITS.to_owned();
+        };
+        match (verdict.allowed, book.grant(first)) {
+            (true, Some(_)) => self.grant_text(book, first),
+            (true, None) => format!("policy '{}' permits it", policy_name(book, first)),
+            (false, _) => format!("policy '{}' forbids it", policy_name(book, first)),
+        }
+    }
+
+    /// How long something decides, to name what lasts.
+    fn lasts(&self, book: &Book, id: &str) -> Timestamp {
+        let until = book.grant(id).and_then(|held| held.grant.until);
+        until.unwrap_or(Timestamp::from_millis(u64::MAX))
+    }
+
+    /// `grant g-… (team ledger, role operator, segment accounting), until …`.
+    pub fn grant_text(&self, book: &Book, id: &str) -> String {
+        let Some(held) = book.grant(id) else { return format!("grant {id}") };
+        let grant = &held.grant.value;
+        let who = match (&grant.team, &grant.user) {
+            (Some(team), _) => format!("team {}", book.team_name(team)),
+            (None, Some(user)) => {
+                let row = self.cluster.records.get::<User>(user.as_str());
+                format!("user {}", row.map_or_else(|| user.to_string(), |row| row.name.to_string()))
+            }
+            (None, None) => "nobody".to_owned(),
+        };
+        let place = match &grant.segment {
+            Some(segment) => format!("segment {}", book.segment_name(segment)),
+            None => "cluster".to_owned(),
+        };
+        let until = grant.until.map(|until| format!(", until {until}")).unwrap_or_default();
+        format!("grant {id} ({who}, role {}, {place}){until}", grant.role)
     }
 }
 
-fn principal_entity(principal: &Principal) -> (&'static str, &str, &[String]) {
-    match principal {
-        Principal::User(user) => ("User", user.id.as_str(), &user.roles),
-        Principal::Host(host) => ("Host", host.as_str(), &[]),
-        Principal::JoinToken(_) => ("JoinToken", "join-token", &[]),
-        Principal::Anonymous => ("Anonymous", "anonymous", &[]),
-    }
-}
-
-fn type_names() -> Result<HashMap<&'static str, EntityTypeName>, PolicyError> {
-    let others = ["Role", "JoinToken", "Anonymous", "Action"];
-    let all = ResourceKind::ALL.iter().map(|kind| kind.cedar_type()).chain(others);
-    all.map(|name| {
-        let parsed: EntityTypeName =
-            name.parse().map_err(|error| PolicyError { detail: format!("{name}: {error}") })?;
-        Ok((name, parsed))
+/// The action by which a thing of this kind is seen.
+const fn seeing(kind: ResourceKind) -> Option<Action> {
+    Some(match kind {
+        ResourceKind::Segment => Action::SegmentView,
+        ResourceKind::Host => Action::HostView,
+        ResourceKind::Image => Action::ImageView,
+        ResourceKind::Vm => Action::VmView,
+        ResourceKind::Snapshot => Action::SnapshotView,
+        ResourceKind::Operation => Action::OperationView,
+        ResourceKind::User | ResourceKind::Token | ResourceKind::Team => Action::UserView,
+        ResourceKind::Role | ResourceKind::Grant => Action::GrantView,
+        ResourceKind::Policy => Action::PolicyView,
+        ResourceKind::Approval => Action::ApprovalDecide,
+        ResourceKind::Cluster | ResourceKind::Listing => return None,
     })
-    .collect()
 }
 
-/// A host as something that an action is about.
-pub fn host_resource(id: &HostId, name: &str) -> Resource {
-    Resource::of_cluster(ResourceKind::Host, id.as_str(), name)
+/// What an approval would be about, if this policy is a guard that one lifts.
+fn approval_text(book: &Book, id: &str) -> Option<String> {
+    if let Some(policy) = book.fixed_policy(id) {
+        return policy.annotation("approval").map(str::to_owned);
+    }
+    let parts = book.customs().iter().flat_map(|custom| &custom.parts);
+    let policy = parts.into_iter().find(|policy| policy.id().to_string() == id)?;
+    policy.annotation("approval").map(str::to_owned)
+}
+
+/// What a policy is called: fixed ones by their id, written ones by their record's name.
+fn policy_name(book: &Book, id: &str) -> String {
+    let record = id.split_once('/').map_or(id, |(record, _)| record);
+    let custom = book.customs().iter().find(|custom| custom.record.id == record);
+    custom.map_or_else(|| id.to_owned(), |custom| custom.record.name.to_string())
 }
 
 #[cfg(test)]

@@ -141,6 +141,11 @@ impl Records {
         self.follower.read(|copy| copy.changes::<T>())
     }
 
+    /// How often a record of this kind has changed since the copy was read.
+    pub fn change_count<T: Record>(&self) -> u64 {
+        *self.changes::<T>().borrow()
+    }
+
     /// Makes a transaction, and waits until the copy in memory shows it.
     ///
     /// # Errors

@@ -130,7 +130,8 @@ impl Manager {
         let audit = Audit::open(store, clock, key, other_key).await?;
         cluster.write_down_in(audit.clone());
         let metrics = Arc::new(Metrics::new().with_all_kinds());
-        let gate = Arc::new(Gate::new(cluster, Policies::built_in()?, audit, metrics, ca));
+        let policies = Policies::open(Arc::clone(&cluster))?;
+        let gate = Arc::new(Gate::new(cluster, policies, audit, metrics, ca));
         let router = http::mount(Door::new(Arc::clone(&gate))).into_router();
         Ok(Self { gate, router })
     }
@@ -168,6 +169,11 @@ impl Manager {
     /// The cluster.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.gate.cluster
+    }
+
+    /// What the door needs to judge requests.
+    pub const fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 
     /// The audit.

@@ -125,6 +125,16 @@ ids! {
     UserId = "user";
     /// A bearer token, by the name that may be shown.
     TokenId = "token";
+    /// People who have something in common.
+    TeamId = "team";
+    /// A role that somebody made.
+    RoleId = "role";
+    /// That a team, or a user, has a role somewhere.
+    GrantId = "g";
+    /// A policy that somebody wrote.
+    PolicyId = "pol";
+    /// A request that waits for a second person.
+    ApprovalId = "apr";
 }
 
 #[cfg(test)]

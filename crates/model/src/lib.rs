@@ -27,6 +27,9 @@ pub mod placement;
 #[cfg(test)]
 mod diagram;
 
-pub use id::{HostId, ImageId, LayerId, OperationId, SegmentId, SnapshotId, TokenId, UserId, VmId};
+pub use id::{
+    ApprovalId, GrantId, HostId, ImageId, LayerId, OperationId, PolicyId, RoleId, SegmentId, SnapshotId,
+    TeamId, TokenId, UserId, VmId,
+};
 pub use problem::{Problem, ProblemCode};
 pub use time::Timestamp;

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::migration::MigrationReport;
 use crate::snapshot::{RestoreFacts, SnapshotFacts};
-use crate::{ImageId, OperationId, Problem, SnapshotId, Timestamp, VmId};
+use crate::{ImageId, OperationId, Problem, SegmentId, SnapshotId, Timestamp, VmId};
 
 /// What an operation does.
 #[derive(
@@ -215,6 +215,9 @@ pub struct Operation {
     /// The image it changes, if it is about one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
+    /// The segment of what it changes; none: that is in none. It says who may see the operation when that is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub segment: Option<SegmentId>,
     /// What it is about, in words (`default/books`).
     pub subject: String,
     /// Who asked for it.

@@ -142,6 +142,7 @@ mod tests {
             nics: vec![],
             user_data: None,
             protected: false,
+            class: crate::vm::standard_class(),
             ready_timeout_s: 1,
         }
     }

@@ -50,6 +50,10 @@ codes! {
     Unauthenticated = "unauthenticated", 401, 3;
     /// The caller is known and may not do this.
     NotAllowed = "not-allowed", 403, 3;
+    /// The caller may do this only once another person has approved this very request; the message names the approval.
+    ApprovalNeeded = "approval-needed", 403, 3;
+    /// A quota of the segment, or of one that it is in, would be exceeded.
+    OverQuota = "over-quota", 422, 1;
     /// There is no such thing, or none that the caller may see.
     NotFound = "not-found", 404, 4;
     /// The name is taken.

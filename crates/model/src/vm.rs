@@ -92,8 +92,20 @@ pub struct VmSpec {
     pub user_data: Option<String>,
     /// Held against deletion.
     pub protected: bool,
+    /// What kind of VM it is to the policies: `standard`, `production`, or another word. Restoring one of class
+    /// `production` needs a second person.
+    #[serde(default = "standard_class")]
+    pub class: Name,
     /// How long the guest may take to be ready after a start, in seconds, before it is said that it is not.
     pub ready_timeout_s: u32,
+}
+
+/// The class of VMs that nobody has given one.
+pub const STANDARD_CLASS: &str = "standard";
+
+/// The class of VMs that nobody has given one, as a name.
+pub fn standard_class() -> Name {
+    STANDARD_CLASS.parse().expect("a good name")
 }
 
 /// The state of a VM.

@@ -93,6 +93,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             }],
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
         },
         status: VmStatus {

@@ -355,6 +355,7 @@ pub fn definition(number: u8, parts: &[(PartRole, PartFormat, Vec<u8>)]) -> VmDe
             nics: Vec::new(),
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 60,
         },
         image: Image {

@@ -326,6 +326,7 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
             }],
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 120,
         },
         image: Image {

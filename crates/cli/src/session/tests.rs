@@ -8,6 +8,8 @@ const ROUTE: &str = "GET /v1/segments";
 
 fn page(names: &[&str], next_cursor: Option<&str>) -> Page<Segment> {
     let segment = |name: &&str| Segment {
+        parent: None,
+        quota: berth_api::manager::Quota::default(),
         id: SegmentId::from_entropy([1; 10]),
         name: name.parse().expect("a name"),
         created_at: Timestamp::default(),

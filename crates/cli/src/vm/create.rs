@@ -127,6 +127,7 @@ fn wish(arguments: Arguments) -> Result<CreateVm, Failure> {
     let Arguments { nics, no_nic, user_data, .. } = arguments;
     let nics = if no_nic || !nics.is_empty() { Some(nics) } else { None };
     Ok(CreateVm {
+        class: None,
         segment: arguments.name.segment.to_string(),
         name: arguments.name.name,
         image: arguments.image,

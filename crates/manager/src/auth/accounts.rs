@@ -4,13 +4,12 @@
 //! can't be deleted: a cluster that nobody may change any more helps nobody.
 
 use berth_api::join::{Fingerprint, JoinSecret};
-use berth_api::manager::{CreateToken, CreateUser, NewToken, Token, User};
+use berth_api::manager::{CreateToken, CreateUser, Grant, NewToken, Scope, Team, Token, TokenKind, User};
 use berth_model::{HostId, Problem, ProblemCode, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
 
 use super::{Bearer, SECRET_BYTES, SecretHash, UserPrincipal};
 use crate::clock::Entropy;
-use crate::policy::ROLES;
 use crate::records::{Record, Records, Row, Transaction, UniqueName};
 
 /// How long a join token may be used when nothing is said, in seconds.
@@ -22,7 +21,7 @@ pub const TOKEN_EXPIRES_S_MAX: u64 = 10 * 366 * 24 * 3600;
 /// Longest note on a token, in characters.
 const NOTE_CHARS_MAX: usize = 200;
 /// The role without which nobody could change anything any more.
-const ADMIN: &str = "admin";
+pub const ADMIN: &str = "admin";
 
 /// A token as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,30 +86,27 @@ pub fn authenticate(records: &Records, bearer: &Bearer, now: Timestamp) -> Optio
     // Compared also when there is no such token, so that the time tells nothing about which ids exist.
     let good = expected.is_of(&bearer.secret);
     let row = row.filter(|row| good && row.token.expires_at.is_none_or(|end| now < end))?;
-    let user = records.get::<User>(row.token.user.as_str())?;
+    let user = records.get::<User>(row.token.user.as_str()).filter(|user| !user.disabled)?;
+    let method = match row.token.kind {
+        TokenKind::Token => "token",
+        TokenKind::First => "first-token",
+        TokenKind::Session => &row.token.method,
+    };
     Some(UserPrincipal {
         id: user.value.id.clone(),
         name: user.name.clone(),
-        roles: user.roles.clone(),
         token: row.token.id.clone(),
+        kind: row.token.kind,
+        method: method.to_owned(),
+        second_factor: row.token.second_factor,
+        scope: row.token.scope.clone(),
     })
 }
 
-/// A user to be, checked.
-///
-/// # Errors
-/// A role that does not exist.
-pub fn new_user(wish: CreateUser, entropy: &dyn Entropy, now: Timestamp) -> Result<User, Problem> {
-    for (index, role) in wish.roles.iter().enumerate() {
-        if !ROLES.contains(&role.as_str()) {
-            let expected = format!("one of: {}", ROLES.join(", "));
-            return Err(Problem::field(format!("roles.{index}"), role, expected));
-        }
-    }
-    let mut roles = wish.roles;
-    roles.sort();
-    roles.dedup();
-    Ok(User { id: UserId::from_entropy(entropy.id()), name: wish.name, roles, created_at: now })
+/// A user to be.
+pub fn new_user(wish: CreateUser, entropy: &dyn Entropy, now: Timestamp) -> User {
+    let id = UserId::from_entropy(entropy.id());
+    User { id, name: wish.name, disabled: false, external_groups: Vec::new(), created_at: now }
 }
 
 /// Records a user.
@@ -170,6 +166,8 @@ fn tokens_of(records: &Records, user: &UserId) -> Vec<std::sync::Arc<Row<TokenRo
 /// A life or a note out of range.
 pub fn new_token(
     user: &UserId,
+    kind: TokenKind,
+    scope: Option<Scope>,
     wish: &CreateToken,
     entropy: &dyn Entropy,
     now: Timestamp,
@@ -188,6 +186,10 @@ pub fn new_token(
     let token = Token {
         id: bearer.token.clone(),
         user: user.clone(),
+        kind,
+        method: String::new(),
+        second_factor: false,
+        scope,
         note: wish.note.clone(),
         created_at: now,
         expires_at,
@@ -213,18 +215,53 @@ pub async fn revoke_token(records: &Records, token: &Row<TokenRow>, now: Timesta
 /// Whether a token that is good and an administrator's is among those that `stays` picks. What is no administrator's
 /// now does not need to be asked about: removing it takes no way in away.
 fn administrator_remains(records: &Records, now: Timestamp, stays: impl Fn(&Token) -> bool) -> bool {
-    let is_admin = |user: &UserId| {
-        records.get::<User>(user.as_str()).is_some_and(|user| user.roles.iter().any(|role| role == ADMIN))
-    };
+    let administrators = administrators(records, &teams(records), &records.list::<Grant>(), now);
     let mut ways_in = records
         .list::<TokenRow>()
         .into_iter()
-        .filter(|row| row.token.expires_at.is_none_or(|end| now < end) && is_admin(&row.token.user))
+        .filter(|row| row.token.expires_at.is_none_or(|end| now < end) && row.token.scope.is_none())
+        .filter(|row| administrators.contains(&row.token.user))
         .peekable();
     ways_in.peek().is_none() || ways_in.any(|row| stays(&row.token))
 }
 
-fn last_administrator(noun: &str, name: impl ToString) -> Problem {
+/// All teams.
+pub fn teams(records: &Records) -> Vec<Team> {
+    records.list::<Team>().iter().map(|row| row.value.clone()).collect()
+}
+
+/// Who has the role `admin` everywhere and for good, by these grants: directly, or as a member of a team or of one
+/// inside it. Groups of login providers don't count: who is in them is not for this cluster to say.
+pub fn administrators(
+    records: &Records,
+    all: &[Team],
+    grants: &[std::sync::Arc<Row<Grant>>],
+    now: Timestamp,
+) -> Vec<UserId> {
+    let live = grants.iter().filter(|grant| {
+        grant.role.as_str() == ADMIN && grant.segment.is_none() && grant.until.is_none_or(|until| now < until)
+    });
+    let (mut users, mut found) = (Vec::new(), Vec::new());
+    for grant in live {
+        users.extend(grant.user.clone());
+        found.extend(grant.team.clone());
+    }
+    let mut at = 0;
+    while let Some(team) = found.get(at).cloned() {
+        at += 1;
+        let inside = all.iter().filter(|one| one.parent.as_ref() == Some(&team));
+        let new: Vec<_> = inside.map(|one| one.id.clone()).filter(|id| !found.contains(id)).collect();
+        found.extend(new);
+        users.extend(all.iter().filter(|one| one.id == team).flat_map(|one| one.members.clone()));
+    }
+    users.retain(|id| records.get::<User>(id.as_str()).is_some_and(|user| !user.disabled));
+    users.sort_unstable();
+    users.dedup();
+    users
+}
+
+/// What is said when nobody could change anything any more.
+pub fn last_administrator(noun: &str, name: impl ToString) -> Problem {
     let name = name.to_string();
     Problem::new(
         ProblemCode::Protected,

@@ -78,10 +78,9 @@ impl Arrival {
         &self,
         principal: &Principal,
         resource: &Resource,
-        reason: &str,
+        decision: Decision,
         problem: Problem,
     ) -> Response<Body> {
-        let decision = Decision { allowed: false, reason: reason.to_owned() };
         let record = written::record(self, principal, resource, &decision);
         // No handler follows: start and end are one.
         let end = End {
@@ -101,7 +100,7 @@ impl Arrival {
         if !self.is_worth_a_record(&self.gate.refused) {
             return self.conclude(Err(problem), None);
         }
-        self.refuse(&Principal::Anonymous, &Resource::cluster(), reason, problem).await
+        self.refuse(&Principal::Anonymous, &Resource::cluster(), Decision::denied(reason), problem).await
     }
 
     /// Makes the answer, and says in the record how it ended.

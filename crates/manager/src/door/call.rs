@@ -6,17 +6,18 @@ use std::sync::Arc;
 use axum::body::Body;
 use berth_api::endpoint::Endpoint;
 use berth_model::access::Action;
-use berth_model::{Problem, Timestamp};
+use berth_model::{Problem, ProblemCode, Timestamp};
 use berth_store::Revision;
 use http::HeaderMap;
 use http::header::IF_MATCH;
 use http::request::Parts;
 
 use super::target::{self, Located, TheHost, TheImage, TheSegment, TheVm};
-use super::{Arrival, Gate, Input, not_allowed};
+use super::{Arrival, Gate, Input};
 use crate::audit::Named;
-use crate::auth::Principal;
+use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
+use crate::policy::visible::Visible;
 use crate::policy::{Decision, Resource};
 
 /// A request that was let through.
@@ -65,13 +66,15 @@ pub struct Ctx {
     pub request_id: String,
     /// From where.
     pub remote: SocketAddr,
+    /// A second person has approved this very request.
+    pub approved: bool,
     named: Named,
 }
 
 impl Ctx {
-    pub(super) fn new(gate: Arc<Gate>, principal: Principal, arrival: &Arrival) -> Self {
+    pub(super) fn new(gate: Arc<Gate>, principal: Principal, arrival: &Arrival, approved: bool) -> Self {
         let (request_id, remote) = (arrival.request_id.clone(), arrival.caller.remote);
-        Self { gate, principal, request_id, remote, named: arrival.named.clone() }
+        Self { gate, principal, request_id, remote, approved, named: arrival.named.clone() }
     }
 
     /// The cluster.
@@ -96,7 +99,34 @@ impl Ctx {
 
     /// What the policies say about another action of the same caller.
     pub fn decide(&self, action: Action, resource: &Resource) -> Decision {
-        self.gate.policies.decide(&self.principal, action, resource)
+        self.gate.policies.decide(&self.principal, action, resource, false)
+    }
+
+    /// What the caller may see by this action, for lists.
+    pub fn visible(&self, action: Action) -> Visible {
+        Visible::new(Arc::clone(&self.gate), &self.principal, action)
+    }
+
+    /// The caller, which is a user.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn user(&self) -> Result<&UserPrincipal, Problem> {
+        match &self.principal {
+            Principal::User(user) => Ok(user),
+            _ => Err(Problem::new(ProblemCode::NotAllowed, "this is for users")),
+        }
+    }
+
+    /// Refuses unless the caller may do this to the thing.
+    ///
+    /// # Errors
+    /// [`ProblemCode::NotAllowed`].
+    pub fn require(&self, action: Action, resource: &Resource) -> Result<(), Problem> {
+        if self.decide(action, resource).allowed {
+            return Ok(());
+        }
+        Err(self.gate.not_allowed(action, &self.principal, resource))
     }
 
     /// A further VM that the request names, if the caller may do this to it.
@@ -142,7 +172,7 @@ impl Ctx {
         if self.decide(action, resource).allowed {
             Ok(found?.target)
         } else {
-            Err(not_allowed(action, &self.principal))
+            Err(self.gate.not_allowed(action, &self.principal, resource))
         }
     }
 }

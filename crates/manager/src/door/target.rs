@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use berth_api::endpoint::Endpoint;
 use berth_api::manager::{
-    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, Segment, SegmentPath,
-    SnapshotPath, TokenPath, User, UserPath, VmCreate, VmPath,
+    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, Segment, SegmentCreate,
+    SegmentPath, SnapshotPath, Token, TokenPath, User, UserPath, VmCreate, VmPath, VmRestore, WhoCan,
 };
 use berth_model::host::Host;
 use berth_model::image::Image;
-use berth_model::name::Name;
 use berth_model::operation::Operation;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
@@ -21,8 +20,14 @@ use super::Input;
 use crate::auth::Principal;
 use crate::auth::accounts::TokenRow;
 use crate::cluster::Cluster;
-use crate::policy::{Resource, ResourceKind};
-use crate::records::{Record, Row, UniqueName};
+use crate::policy::book::DEPTH_MAX;
+use crate::policy::{Attribute, Resource, ResourceKind};
+use crate::records::Row;
+use crate::workflow;
+
+pub mod access;
+
+pub use access::{GrantedIn, TheApproval, TheGrant, ThePolicy, TheRole, TheTeam};
 
 /// Something that was found, as it is to the policies and as it is to the handler.
 pub struct Located<T> {
@@ -59,6 +64,16 @@ impl<E: Endpoint> Target<E> for TheCluster {
     }
 }
 
+/// The list of what the caller may see; the handler filters it.
+pub struct TheList;
+
+impl<E: Endpoint> Target<E> for TheList {
+    const KIND: ResourceKind = ResourceKind::Listing;
+    fn find(_: &Cluster, _: &Principal, _: &Input<E>) -> Result<Located<Self>, Problem> {
+        Ok(Located { resource: Resource::listing(), target: Self })
+    }
+}
+
 /// A VM that the path names.
 pub struct TheVm(pub Arc<Row<Vm>>);
 
@@ -80,13 +95,29 @@ pub struct TheSnapshot {
 impl<E: Endpoint<Path = SnapshotPath>> Target<E> for TheSnapshot {
     const KIND: ResourceKind = ResourceKind::Snapshot;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
-        let vm = vm(cluster, &input.path.vm)?;
-        let snapshot = cluster.records.find_snapshot(&vm.target.0.value.id, &input.path.snapshot)?;
-        let name = format!("{}@{}", vm.target.0.full_name(), snapshot.name);
-        let resource =
-            Resource::inside(vm.resource, ResourceKind::Snapshot, snapshot.value.id.as_str(), &name);
-        Ok(Located { resource, target: Self { vm: vm.target.0, snapshot } })
+        snapshot(cluster, &input.path.vm, Some(&input.path.snapshot))
     }
+}
+
+/// The snapshot that a VM is to be put back to: the one that the body names, or the VM's baseline.
+pub struct ToRestore(pub TheSnapshot);
+
+impl Target<VmRestore> for ToRestore {
+    const KIND: ResourceKind = ResourceKind::Snapshot;
+    fn find(cluster: &Cluster, _: &Principal, input: &Input<VmRestore>) -> Result<Located<Self>, Problem> {
+        let found = snapshot(cluster, &input.path.vm, input.body.snapshot.as_deref())?;
+        Ok(Located { resource: found.resource, target: Self(found.target) })
+    }
+}
+
+/// A snapshot of a VM by id or name; none: the VM's baseline.
+fn snapshot(cluster: &Cluster, vm_name: &str, name: Option<&str>) -> Result<Located<TheSnapshot>, Problem> {
+    let vm = vm(cluster, vm_name)?;
+    let TheVm(row) = vm.target;
+    let found = workflow::restore::wanted(&cluster.records, &row, name)?;
+    let is_last = cluster.records.snapshots_of(&row.value.id).len() == 1;
+    let resource = Resource::snapshot(vm.resource, &row, &found, is_last);
+    Ok(Located { resource, target: TheSnapshot { vm: row, snapshot: found } })
 }
 
 /// A host that the path names.
@@ -149,6 +180,51 @@ impl Target<VmCreate> for IntoSegment {
         let found = segment(cluster, &input.body.segment)?;
         Ok(Located { resource: found.resource, target: Self(found.target.0) })
     }
+}
+
+/// What a query names: the cluster, or a VM, segment, host, image or user. It is asked about as what it is in: the
+/// segment, or the cluster.
+pub struct TheNamed(pub Resource);
+
+impl Target<WhoCan> for TheNamed {
+    const KIND: ResourceKind = ResourceKind::Segment;
+    fn find(cluster: &Cluster, _: &Principal, input: &Input<WhoCan>) -> Result<Located<Self>, Problem> {
+        let Some(text) = &input.query.resource else {
+            return Ok(Located { resource: Resource::cluster(), target: Self(Resource::cluster()) });
+        };
+        let named = all_named(cluster, text).into_iter().next();
+        let named = named.ok_or_else(|| Problem::not_found("thing", text))?;
+        let around = match named.segment() {
+            Some(segment) => segment_resource(cluster, &segment),
+            None => Resource::cluster(),
+        };
+        Ok(Located { resource: around, target: Self(named) })
+    }
+}
+
+/// What a new segment is to be inside of: another segment, or the cluster.
+pub struct Around(pub Option<Arc<Row<Segment>>>);
+
+impl Target<SegmentCreate> for Around {
+    const KIND: ResourceKind = ResourceKind::Segment;
+    fn find(
+        cluster: &Cluster,
+        _: &Principal,
+        input: &Input<SegmentCreate>,
+    ) -> Result<Located<Self>, Problem> {
+        let found = segment_or_cluster(cluster, input.body.parent.as_deref())?;
+        Ok(Located { resource: found.resource, target: Self(found.target) })
+    }
+}
+
+/// A segment by id or name; the cluster, if none is named.
+pub(super) fn segment_or_cluster(
+    cluster: &Cluster,
+    name: Option<&str>,
+) -> Result<Located<Option<Arc<Row<Segment>>>>, Problem> {
+    let Some(name) = name else { return Ok(Located { resource: Resource::cluster(), target: None }) };
+    let found = segment(cluster, name)?;
+    Ok(Located { resource: found.resource, target: Some(found.target.0) })
 }
 
 /// Where a new image is to be usable: in a segment, or in all of them.
@@ -231,35 +307,43 @@ impl<E: Endpoint<Path = TokenPath>> Target<E> for TheToken {
     const KIND: ResourceKind = ResourceKind::Token;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
         let token = cluster.records.require::<TokenRow>(input.path.token.as_str())?;
-        let resource = Resource::of_cluster(ResourceKind::Token, &token.id, &token.id);
-        Ok(Located { resource, target: Self(token) })
+        Ok(Located { resource: token_resource(&token.token), target: Self(token) })
     }
+}
+
+/// A token, which is its owner's.
+pub fn token_resource(token: &Token) -> Resource {
+    let owner = Resource::of_cluster(ResourceKind::User, token.user.as_str(), token.user.as_str());
+    Resource::inside(owner, ResourceKind::Token, token.id.as_str(), token.id.as_str())
 }
 
 /// A VM by id or `segment/name`.
 pub(super) fn vm(cluster: &Cluster, name: &str) -> Result<Located<TheVm>, Problem> {
     let found = cluster.records.find_vm(name)?;
-    Ok(Located { resource: vm_resource(&found), target: TheVm(found) })
+    Ok(Located { resource: vm_resource(cluster, &found), target: TheVm(found) })
+}
+
+/// A host as something that an action is about.
+pub fn host_resource(host: &Host) -> Resource {
+    Resource::of_cluster(ResourceKind::Host, host.id.as_str(), host.name.as_str())
 }
 
 /// A host by id or name.
 pub(super) fn host(cluster: &Cluster, name: &str) -> Result<Located<TheHost>, Problem> {
     let found = cluster.records.find_host(name)?;
-    let resource =
-        Resource::of_cluster(ResourceKind::Host, found.value.id.as_str(), found.value.name.as_str());
-    Ok(Located { resource, target: TheHost(found) })
+    Ok(Located { resource: host_resource(&found), target: TheHost(found) })
 }
 
 /// An image by id or name.
 pub(super) fn image(cluster: &Cluster, name: &str) -> Result<Located<TheImage>, Problem> {
     let found = cluster.records.find_image(name)?;
-    Ok(Located { resource: image_resource(&found), target: TheImage(found) })
+    Ok(Located { resource: image_resource(cluster, &found), target: TheImage(found) })
 }
 
 /// A segment by id or name.
 pub(super) fn segment(cluster: &Cluster, name: &str) -> Result<Located<TheSegment>, Problem> {
     let found = cluster.records.find_segment(name)?;
-    let resource = segment_resource(&found.value.id, found.value.name.as_str());
+    let resource = segment_resource(cluster, &found.value.id);
     Ok(Located { resource, target: TheSegment(found) })
 }
 
@@ -268,42 +352,51 @@ pub(super) fn segment(cluster: &Cluster, name: &str) -> Result<Located<TheSegmen
 /// # Errors
 /// That there is none.
 pub fn user(cluster: &Cluster, text: &str) -> Result<Arc<Row<User>>, Problem> {
-    let missing = || Problem::not_found(User::NOUN, text);
-    if text.parse::<UserId>().is_ok()
-        && let Some(row) = cluster.records.get(text)
-    {
-        return Ok(row);
+    access::named::<User, UserId>(cluster, text)
+}
+
+/// A segment with those that it is inside of.
+pub fn segment_resource(cluster: &Cluster, id: &SegmentId) -> Resource {
+    let mut chain = Vec::new();
+    let mut next = Some(id.clone());
+    while let Some(id) = next.take().filter(|_| chain.len() <= DEPTH_MAX) {
+        let row = cluster.records.get::<Segment>(id.as_str());
+        let name = row.as_ref().map_or_else(|| id.to_string(), |row| row.name.to_string());
+        next = row.and_then(|row| row.parent.clone());
+        chain.push((id, name));
     }
-    let name: Name = text.parse().map_err(|_| missing())?;
-    let id = cluster.records.id_of(&UniqueName::in_cluster(User::NOUN, &name)).ok_or_else(missing)?;
-    cluster.records.get(&id).ok_or_else(missing)
+    let outermost = Resource::cluster();
+    chain.into_iter().rev().fold(outermost, |above, (id, name)| {
+        Resource::inside(above, ResourceKind::Segment, id.as_str(), &name)
+    })
 }
 
-fn segment_resource(id: &SegmentId, name: &str) -> Resource {
-    Resource::of_cluster(ResourceKind::Segment, id.as_str(), name)
+/// A VM in its segment.
+pub fn vm_resource(cluster: &Cluster, vm: &Vm) -> Resource {
+    Resource::vm(segment_resource(cluster, &vm.segment), vm)
 }
 
-fn vm_resource(vm: &Vm) -> Resource {
-    let segment = segment_resource(&vm.segment, vm.segment_name.as_str());
-    Resource::inside(segment, ResourceKind::Vm, vm.id.as_str(), &vm.full_name())
-}
-
-fn image_resource(image: &Image) -> Resource {
+/// An image in its segment, or in the cluster if it is for all.
+pub fn image_resource(cluster: &Cluster, image: &Image) -> Resource {
     let parent = match &image.segment {
-        Some(segment) => segment_resource(segment, segment.as_str()),
+        Some(segment) => segment_resource(cluster, segment),
         None => Resource::cluster(),
     };
     Resource::inside(parent, ResourceKind::Image, image.id.as_str(), image.name.as_str())
+        .with("for_all", Attribute::Flag(image.segment.is_none()))
 }
 
 /// An operation is in what it changes, as long as that is there.
-fn operation_resource(cluster: &Cluster, operation: &Operation) -> Resource {
+pub fn operation_resource(cluster: &Cluster, operation: &Operation) -> Resource {
     let vm = operation.vm.as_ref().and_then(|id| cluster.records.get::<Vm>(id.as_str()));
     let image = operation.image.as_ref().and_then(|id| cluster.records.get::<Image>(id.as_str()));
     let parent = match (vm, image) {
-        (Some(vm), _) => vm_resource(&vm),
-        (None, Some(image)) => image_resource(&image),
-        (None, None) => Resource::cluster(),
+        (Some(vm), _) => vm_resource(cluster, &vm),
+        (None, Some(image)) => image_resource(cluster, &image),
+        (None, None) => match &operation.segment {
+            Some(segment) => segment_resource(cluster, segment),
+            None => Resource::cluster(),
+        },
     };
     Resource::inside(parent, ResourceKind::Operation, operation.id.as_str(), operation.id.as_str())
 }

@@ -1,6 +1,6 @@
 //! The door from outside: requests in, answers and records out, without a socket.
 
-mod access;
+pub mod access;
 mod audit;
 mod coverage;
 mod enrolment;

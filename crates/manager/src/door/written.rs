@@ -14,32 +14,21 @@ pub(super) fn record(
     resource: &Resource,
     decision: &Decision,
 ) -> AuditRecord {
-    let (policies, policy_hash) = policies_of(decision);
     AuditRecord {
         request_id: arrival.request_id.clone(),
         actor: principal.actor(),
         actor_id: id_of(principal),
-        method: method_of(principal).to_owned(),
+        method: principal.method().0.to_owned(),
         address: arrival.caller.remote.to_string(),
         action: arrival.action.as_str().to_owned(),
         request: arrival.request.clone(),
         resources: vec![resource.label().to_owned()],
         decision: if decision.allowed { ALLOW } else { DENY }.to_owned(),
         reason: decision.reason.clone(),
-        policies,
-        policy_hash,
+        policies: decision.by.clone(),
+        policy_hash: decision.policy_hash.clone(),
         started_at: arrival.started_at,
         ..AuditRecord::default()
-    }
-}
-
-/// How somebody proved who it is.
-const fn method_of(principal: &Principal) -> &'static str {
-    match principal {
-        Principal::User(_) => "token",
-        Principal::Host(_) => "certificate",
-        Principal::JoinToken(_) => "join-token",
-        Principal::Anonymous => "none",
     }
 }
 
@@ -50,10 +39,4 @@ fn id_of(principal: &Principal) -> String {
         Principal::Host(host) => host.to_string(),
         Principal::JoinToken(_) | Principal::Anonymous => String::new(),
     }
-}
-
-/// The policies that decided, and the hash of the whole set.
-fn policies_of(decision: &Decision) -> (Vec<String>, String) {
-    let named = decision.reason.strip_prefix("policy '").and_then(|rest| rest.split_once('\''));
-    (named.into_iter().map(|(name, _)| name.to_owned()).collect(), String::new())
 }

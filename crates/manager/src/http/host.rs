@@ -1,6 +1,7 @@
 //! Hosts: seeing them, letting new ones join, and letting old ones go.
 
 use berth_api::manager::{HostDelete, HostList, HostShow, JoinToken, JoinTokenCreate, Page};
+use berth_model::access::Action;
 use berth_model::host::Host;
 use berth_model::vm::Vm;
 use berth_model::{Problem, ProblemCode};
@@ -8,7 +9,7 @@ use berth_model::{Problem, ProblemCode};
 use super::list;
 use crate::auth::accounts;
 use crate::cluster::Cluster;
-use crate::door::target::{TheCluster, TheHost};
+use crate::door::target::{self, TheCluster, TheHost, TheList};
 use crate::door::{Answer, Call, Door};
 use crate::records::{Debt, ImagePlace, Record, Transaction, UniqueName};
 
@@ -17,8 +18,10 @@ pub fn mount(door: Door) -> Door {
     door.mount(show_all).mount(show).mount(delete).mount(create_join_token)
 }
 
-async fn show_all(call: Call<HostList, TheCluster>) -> Result<Answer<Page<Host>>, Problem> {
+async fn show_all(call: Call<HostList, TheList>) -> Result<Answer<Page<Host>>, Problem> {
+    let visible = call.ctx.visible(Action::HostView);
     let mut all = call.ctx.cluster().records.list::<Host>();
+    all.retain(|row| visible.shows(None, || target::host_resource(row)));
     all.sort_by(|a, b| a.name.cmp(&b.name));
     let query = &call.input.query;
     let page = list::page(

@@ -12,6 +12,7 @@ use berth_api::manager::{
     CreateImage, ImageCreate, ImageDelete, ImageList, ImagePartUpload, ImageShow, OperationRef, Page,
 };
 use berth_api::transport;
+use berth_model::access::Action;
 use berth_model::host::{Host, HostState, PoolReport};
 use berth_model::image::{Image, ImagePart, ImageState, PartFormat, PartRole};
 use berth_model::name::Name;
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{list, operation};
 use crate::cluster::Cluster;
-use crate::door::target::{ForImage, TheCluster, TheImage, ThePartsImage};
+use crate::door::target::{self, ForImage, TheImage, TheList, ThePartsImage};
 use crate::door::{Answer, Call, Door};
 use crate::operations::{Begin, OperationRequest};
 use crate::records::{ImagePlace, Record, RecordsError, Row, Transaction, UniqueName};
@@ -60,8 +61,13 @@ pub fn mount(door: Door) -> Door {
     door.mount(show_all).mount(create).mount(show).mount(upload).mount(delete)
 }
 
-async fn show_all(call: Call<ImageList, TheCluster>) -> Result<Answer<Page<Image>>, Problem> {
-    let mut all = call.ctx.cluster().records.list::<Image>();
+async fn show_all(call: Call<ImageList, TheList>) -> Result<Answer<Page<Image>>, Problem> {
+    let (cluster, visible) = (call.ctx.cluster(), call.ctx.visible(Action::ImageView));
+    let mut all = cluster.records.list::<Image>();
+    // Images without a segment are for all: a fixed policy says so.
+    all.retain(|row| {
+        row.segment.is_none() || visible.shows(row.segment.as_ref(), || target::image_resource(cluster, row))
+    });
     all.sort_by(|a, b| a.name.cmp(&b.name));
     let query = &call.input.query;
     let page = list::page(
@@ -83,7 +89,8 @@ async fn delete(call: Call<ImageDelete, TheImage>) -> Result<Answer<OperationRef
     let (actor, if_match) = (call.ctx.actor(), call.if_match()?);
     let TheImage(image) = call.target;
     let request = OperationRequest::ImageDelete { image: image.value.id.clone() };
-    operation::submit(call.ctx.cluster(), Begin { actor, request, if_match }, false).await
+    let begin = Begin { if_match, ..Begin::new(actor, request) };
+    operation::submit(call.ctx.cluster(), begin, false).await
 }
 
 async fn create(call: Call<ImageCreate, ForImage>) -> Result<Answer<Image>, Problem> {

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use super::list;
 use crate::cluster::Cluster;
-use crate::door::target::{TheCluster, TheOperation};
+use crate::door::target::{self, TheList, TheOperation};
 use crate::door::{Answer, Call, Done, Door};
 use crate::operations::{Begin, Filter};
 
@@ -47,13 +47,18 @@ pub async fn submit(
     result.map(Answer::begun)
 }
 
-async fn show_all(call: Call<OperationList, TheCluster>) -> Result<Answer<Page<Operation>>, Problem> {
+async fn show_all(call: Call<OperationList, TheList>) -> Result<Answer<Page<Operation>>, Problem> {
     let (ctx, query) = (&call.ctx, &call.input.query);
     let vm = query.vm.as_deref().map(|name| ctx.vm(name, Action::VmView)).transpose()?;
     let kind = query.kind.as_deref().map(kind_of).transpose()?;
     let filter =
         Filter { vm: vm.map(|vm| vm.0.value.id.clone()), kind, active: query.active.unwrap_or_default() };
-    let found = ctx.cluster().operations.list(&filter);
+    let (cluster, visible) = (ctx.cluster(), ctx.visible(Action::OperationView));
+    let mut found = cluster.operations.list(&filter);
+    found.retain(|operation| {
+        let segment = operation.segment.as_ref();
+        visible.may_show(segment) && visible.shows(segment, || target::operation_resource(cluster, operation))
+    });
     let key = |operation: &Operation| format!("{:020} {}", operation.created_at.as_millis(), operation.id);
     let page = list::page_descending(&found, query.limit, query.cursor.as_deref(), key, Operation::clone)?;
     Ok(Answer::new(page))

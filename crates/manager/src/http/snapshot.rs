@@ -54,7 +54,8 @@ async fn create(call: Call<SnapshotCreate, TheVm>) -> Result<Answer<OperationRef
         name: wish.name,
         note: wish.note,
     };
-    operation::submit(call.ctx.cluster(), Begin { actor: call.ctx.actor(), request, if_match }, dry_run).await
+    let begin = Begin { if_match, ..Begin::new(call.ctx.actor(), request) };
+    operation::submit(call.ctx.cluster(), begin, dry_run).await
 }
 
 async fn delete(call: Call<SnapshotDelete, TheSnapshot>) -> Result<Answer<OperationRef>, Problem> {
@@ -62,7 +63,7 @@ async fn delete(call: Call<SnapshotDelete, TheSnapshot>) -> Result<Answer<Operat
     let TheSnapshot { vm, snapshot } = call.target;
     let request =
         OperationRequest::SnapshotDelete { vm: vm.value.id.clone(), snapshot: snapshot.value.id.clone() };
-    let begin = Begin { actor: call.ctx.actor(), request, if_match: None };
+    let begin = Begin { approved: call.ctx.approved, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await
 }
 

@@ -3,9 +3,10 @@
 use std::sync::LazyLock;
 
 use berth_api::manager::{
-    CanI, CanIQuery, CanIReply, Health, HealthShow, MetricsShow, OpenApiShow, WhoAmI, WhoAmIShow,
+    CanI, CanIQuery, CanIReply, Health, HealthShow, MetricsShow, OpenApiShow, Team, WhoAmI, WhoAmIShow,
 };
 use berth_model::access::Action;
+use berth_model::name::Name;
 use berth_model::{Problem, ProblemCode};
 
 use crate::auth::Principal;
@@ -38,16 +39,27 @@ async fn show_metrics(call: Call<MetricsShow, TheCluster>) -> Result<Done, Probl
 }
 
 async fn who_am_i(call: Call<WhoAmIShow, TheCluster>) -> Result<Answer<WhoAmI>, Problem> {
-    let Principal::User(user) = call.ctx.principal else {
+    let Principal::User(user) = call.ctx.principal.clone() else {
         return Err(Problem::new(ProblemCode::NotAllowed, "only users can ask who they are"));
     };
-    Ok(Answer::new(WhoAmI { user: user.name, id: user.id, roles: user.roles, token: user.token }))
+    let cluster = call.ctx.cluster();
+    let teams = call.ctx.gate().policies.teams_of(&user);
+    let teams = teams.iter().filter_map(|id| cluster.records.get::<Team>(id.as_str()));
+    let mut teams: Vec<Name> = teams.map(|row| row.name.clone()).collect();
+    teams.sort();
+    Ok(Answer::new(WhoAmI {
+        user: user.name,
+        id: user.id,
+        teams,
+        token: user.token,
+        method: user.method,
+        scope: user.scope,
+    }))
 }
 
 async fn can_i(call: Call<CanI, TheCluster>) -> Result<Answer<CanIReply>, Problem> {
     let CanIQuery { action, resource } = &call.input.query;
-    let expected = "an action of the API, like vm.migrate; see /v1/openapi.json";
-    let action: Action = action.parse().map_err(|_| Problem::field("action", action, expected))?;
+    let action = super::access::action_of(action)?;
     Ok(Answer::new(answer(&call.ctx, action, resource.as_deref())))
 }
 
@@ -60,7 +72,7 @@ fn answer(ctx: &Ctx, action: Action, resource: Option<&str>) -> CanIReply {
     };
     let mut reason = "no policy permits it, or there is no such thing".to_owned();
     for candidate in candidates {
-        let decision = ctx.decide(action, &candidate);
+        let decision = ctx.gate().policies.look(&ctx.principal, action, &candidate, false);
         if decision.allowed {
             return CanIReply {
                 allowed: true,

@@ -1,22 +1,31 @@
 //! Bearer tokens.
 
-use berth_api::manager::{NewToken, Page, Token, TokenCreate, TokenDelete, TokenList};
+use std::sync::Arc;
+
+use berth_api::manager::{
+    CreateToken, NewToken, Page, Scope, Token, TokenCreate, TokenDelete, TokenKind, TokenList, User,
+};
 use berth_model::Problem;
+use berth_model::access::Action;
 
 use super::list;
 use crate::auth::accounts::{self, TokenRow};
-use crate::door::target::{self, TheCluster, TheToken};
-use crate::door::{Answer, Call, Door};
-use crate::records::Transaction;
+use crate::door::target::{self, TheCluster, TheList, TheToken};
+use crate::door::{Answer, Call, Ctx, Door};
+use crate::policy::{Resource, ResourceKind};
+use crate::records::{Row, Transaction};
 
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
     door.mount(show_all).mount(create).mount(delete)
 }
 
-async fn show_all(call: Call<TokenList, TheCluster>) -> Result<Answer<Page<Token>>, Problem> {
-    let query = &call.input.query;
-    let all = call.ctx.cluster().records.list::<TokenRow>();
+async fn show_all(call: Call<TokenList, TheList>) -> Result<Answer<Page<Token>>, Problem> {
+    let (ctx, query) = (&call.ctx, &call.input.query);
+    let me = ctx.user()?.id.clone();
+    let visible = ctx.visible(Action::UserView);
+    let mut all = ctx.cluster().records.list::<TokenRow>();
+    all.retain(|row| row.token.user == me || visible.shows(None, || target::token_resource(&row.token)));
     let page = list::page(
         &all,
         query.limit,
@@ -28,16 +37,58 @@ async fn show_all(call: Call<TokenList, TheCluster>) -> Result<Answer<Page<Token
 }
 
 async fn create(call: Call<TokenCreate, TheCluster>) -> Result<Answer<NewToken>, Problem> {
-    let (cluster, wish) = (call.ctx.cluster(), &call.input.body);
+    let (ctx, wish) = (&call.ctx, &call.input.body);
+    let cluster = ctx.cluster();
     // Between the look at the user and the token nobody may delete the user.
     let _deciding = cluster.deciding().await;
-    let user = target::user(cluster, &wish.user)?;
-    let (row, new) = accounts::new_token(&user.value.id, wish, &*cluster.entropy, call.ctx.now())?;
+    let user = owner(ctx, wish)?;
+    let scope = scope_of(ctx, wish)?;
+    let (row, new) =
+        accounts::new_token(&user.value.id, TokenKind::Token, scope, wish, &*cluster.entropy, ctx.now())?;
     let mut transaction = Transaction::new();
     transaction.unchanged(&user);
     transaction.create(&row);
     cluster.records.commit(transaction).await?;
     Ok(Answer::new(new))
+}
+
+/// Whose token it is to be: the caller's own, or that of somebody whom the caller manages and who has no more rights.
+fn owner(ctx: &Ctx, wish: &CreateToken) -> Result<Arc<Row<User>>, Problem> {
+    let (cluster, me) = (ctx.cluster(), ctx.user()?);
+    let Some(name) = &wish.user else { return cluster.records.require::<User>(me.id.as_str()) };
+    let found = target::user(cluster, name);
+    if let Ok(user) = &found
+        && user.value.id == me.id
+    {
+        return found;
+    }
+    let resource = match &found {
+        Ok(user) => Resource::of_cluster(ResourceKind::User, &user.id, user.name.as_str()),
+        Err(_) => Resource::absent(ResourceKind::User, name),
+    };
+    ctx.require(Action::UserManage, &resource)?;
+    let user = found?;
+    let policies = &ctx.gate().policies;
+    policies.may_give(&ctx.principal, &policies.worth_of(&user)?)?;
+    Ok(user)
+}
+
+fn scope_of(ctx: &Ctx, wish: &CreateToken) -> Result<Option<Scope>, Problem> {
+    let segment = wish.segment.as_deref().map(|name| ctx.segment(name, Action::SegmentView)).transpose()?;
+    let segment = segment.map(|found| found.0.value.id.clone());
+    if wish.actions.is_none() && segment.is_none() {
+        return Ok(None);
+    }
+    let mut actions = match &wish.actions {
+        Some(actions) => actions.clone(),
+        None => Action::ALL.iter().copied().filter(|action| action.is_grantable()).collect(),
+    };
+    if let Some(action) = actions.iter().find(|action| !action.is_grantable()) {
+        return Err(Problem::field("actions", action.as_str(), "actions that can be granted"));
+    }
+    actions.sort_unstable();
+    actions.dedup();
+    Ok(Some(Scope { actions, segment }))
 }
 
 async fn delete(call: Call<TokenDelete, TheToken>) -> Result<Answer<()>, Problem> {

@@ -1,6 +1,6 @@
 //! Users.
 
-use berth_api::manager::{Page, User, UserCreate, UserDelete, UserList};
+use berth_api::manager::{Page, User, UserCreate, UserDelete, UserList, UserShow};
 use berth_model::Problem;
 
 use super::list;
@@ -10,7 +10,7 @@ use crate::door::{Answer, Call, Door};
 
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
-    door.mount(show_all).mount(create).mount(delete)
+    door.mount(show_all).mount(create).mount(show).mount(delete)
 }
 
 async fn show_all(call: Call<UserList, TheCluster>) -> Result<Answer<Page<User>>, Problem> {
@@ -27,9 +27,14 @@ async fn show_all(call: Call<UserList, TheCluster>) -> Result<Answer<Page<User>>
     Ok(Answer::new(page))
 }
 
+async fn show(call: Call<UserShow, TheUser>) -> Result<Answer<User>, Problem> {
+    let TheUser(user) = call.target;
+    Ok(Answer::new(user.value.clone()).at(user.revision))
+}
+
 async fn create(call: Call<UserCreate, TheCluster>) -> Result<Answer<User>, Problem> {
     let (cluster, now) = (call.ctx.cluster(), call.ctx.now());
-    let user = accounts::new_user(call.input.body, &*cluster.entropy, now)?;
+    let user = accounts::new_user(call.input.body, &*cluster.entropy, now);
     accounts::create_user(&cluster.records, &user).await?;
     Ok(Answer::new(user))
 }
@@ -38,6 +43,9 @@ async fn delete(call: Call<UserDelete, TheUser>) -> Result<Answer<()>, Problem> 
     let cluster = call.ctx.cluster();
     // Two deletions at once must not take the last two administrators.
     let _deciding = cluster.deciding().await;
+    // Deleting somebody takes away; it must not be those who hold more than the caller.
+    let policies = &call.ctx.gate().policies;
+    policies.may_give(&call.ctx.principal, &policies.worth_of(&call.target.0)?)?;
     accounts::delete_user(&cluster.records, &call.target.0, call.ctx.now()).await?;
     Ok(Answer::new(()))
 }

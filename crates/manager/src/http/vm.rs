@@ -8,11 +8,11 @@ use berth_api::manager::{
     VmRestart, VmRestore, VmResume, VmShow, VmShutdown, VmStart, VmStop, VmUpdate,
 };
 use berth_model::access::Action;
-use berth_model::vm::Vm;
+use berth_model::vm::{STANDARD_CLASS, Vm};
 use berth_model::{Problem, ProblemCode, VmId};
 
 use super::{list, operation};
-use crate::door::target::{IntoSegment, TheCluster, TheVm};
+use crate::door::target::{self, IntoSegment, TheList, TheSnapshot, TheVm, ToRestore};
 use crate::door::{Answer, Call, Door};
 use crate::operations::{Begin, OperationRequest};
 use crate::records::{RecordsError, Row, Transaction};
@@ -38,15 +38,17 @@ pub fn mount(door: Door) -> Door {
         .mount(restore)
 }
 
-async fn show_all(call: Call<VmList, TheCluster>) -> Result<Answer<Page<Vm>>, Problem> {
+async fn show_all(call: Call<VmList, TheList>) -> Result<Answer<Page<Vm>>, Problem> {
     let (ctx, query) = (&call.ctx, &call.input.query);
     let segment = query.segment.as_deref().map(|name| ctx.segment(name, Action::SegmentView)).transpose()?;
     let host = query.host.as_deref().map(|name| ctx.host(name, Action::HostView)).transpose()?;
-    let mut found = ctx.cluster().records.list::<Vm>();
-    found.retain(|vm| {
+    let (cluster, visible) = (ctx.cluster(), ctx.visible(Action::VmView));
+    let mut found = cluster.records.list_where::<Vm>(|vm| {
         segment.as_ref().is_none_or(|segment| vm.segment == segment.0.value.id)
             && host.as_ref().is_none_or(|host| vm.status.host.as_ref() == Some(&host.0.value.id))
+            && visible.may_show(Some(&vm.segment))
     });
+    found.retain(|vm| visible.shows(Some(&vm.segment), || target::vm_resource(cluster, vm)));
     found.sort_by(|a, b| (&a.segment_name, &a.name).cmp(&(&b.segment_name, &b.name)));
     // The slash sorts after the dash, but before letters and digits: a space keeps the order of the pair.
     let key = |row: &Arc<Row<Vm>>| format!("{} {}", row.segment_name, row.name);
@@ -73,6 +75,9 @@ async fn create(call: Call<VmCreate, IntoSegment>) -> Result<Answer<OperationRef
             "an image of the VM's own segment, or of all segments",
         ));
     }
+    if wish.class.as_ref().is_some_and(|class| class.as_str() != STANDARD_CLASS) {
+        call.ctx.require(Action::VmClassify, &target::segment_resource(ctx.cluster(), &segment.value.id))?;
+    }
     // From here on by id: what was checked is what is used, whoever renames what meanwhile.
     wish.image = image.value.id.to_string();
     wish.segment = segment.value.id.to_string();
@@ -81,7 +86,7 @@ async fn create(call: Call<VmCreate, IntoSegment>) -> Result<Answer<OperationRef
     }
     let dry_run = call.input.query.dry_run.unwrap_or_default();
     let request = OperationRequest::VmCreate { wish: Box::new(wish) };
-    let begin = Begin { actor: ctx.actor(), request, if_match: None };
+    let begin = Begin::new(ctx.actor(), request);
     operation::submit(ctx.cluster(), begin, dry_run).await
 }
 
@@ -96,7 +101,7 @@ where
 {
     let if_match = call.if_match()?;
     let request = request(call.target.0.value.id.clone());
-    let begin = Begin { actor: call.ctx.actor(), request, if_match };
+    let begin = Begin { if_match, approved: call.ctx.approved, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run.unwrap_or_default()).await
 }
 
@@ -156,13 +161,14 @@ async fn migrate(call: Call<VmMigrate, TheVm>) -> Result<Answer<OperationRef>, P
     plain(call, |vm| OperationRequest::VmMigrate { vm, wish }).await
 }
 
-async fn restore(call: Call<VmRestore, TheVm>) -> Result<Answer<OperationRef>, Problem> {
-    let mut wish = call.input.body.clone();
-    if let Some(snapshot) = &mut wish.snapshot {
-        let vm = &call.target.0.value.id;
-        *snapshot = call.ctx.cluster().records.find_snapshot(vm, snapshot)?.value.id.to_string();
-    }
-    plain(call, |vm| OperationRequest::SnapshotRestore { vm, wish }).await
+async fn restore(call: Call<VmRestore, ToRestore>) -> Result<Answer<OperationRef>, Problem> {
+    let (if_match, dry_run) = (call.if_match()?, call.input.query.dry_run.unwrap_or_default());
+    let TheSnapshot { vm, snapshot } = &call.target.0;
+    let mut wish = call.input.body;
+    wish.snapshot = Some(snapshot.value.id.to_string());
+    let request = OperationRequest::SnapshotRestore { vm: vm.value.id.clone(), wish };
+    let begin = Begin { if_match, ..Begin::new(call.ctx.actor(), request) };
+    operation::submit(call.ctx.cluster(), begin, dry_run).await
 }
 
 async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
@@ -170,6 +176,11 @@ async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
     let TheVm(vm) = &call.target;
     if let Some(seconds) = wish.ready_timeout_s {
         check_wait("ready_timeout_s", seconds)?;
+    }
+    let changes_class = wish.class.as_ref().is_some_and(|class| *class != vm.spec.class);
+    if changes_class || (vm.spec.protected && wish.protected == Some(false)) {
+        // What guards look at is not for everybody who may configure.
+        call.ctx.require(Action::VmClassify, &target::vm_resource(call.ctx.cluster(), vm))?;
     }
     if if_match.is_some_and(|expected| expected != vm.revision) {
         return Err(has_changed(vm));
@@ -205,6 +216,9 @@ async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
 
 fn apply(wish: &UpdateVm, vm: &mut Vm) {
     vm.spec.protected = wish.protected.unwrap_or(vm.spec.protected);
+    if let Some(class) = &wish.class {
+        vm.spec.class = class.clone();
+    }
     vm.spec.ready_timeout_s = wish.ready_timeout_s.unwrap_or(vm.spec.ready_timeout_s);
 }
 

@@ -6,7 +6,7 @@ use berth_api::manager::OperationRef;
 use berth_api::transport::BoxFuture;
 use berth_model::operation::{Operation, OperationKind, OperationState, Progress};
 use berth_model::vm::Vm;
-use berth_model::{ImageId, Problem, ProblemCode};
+use berth_model::{ImageId, Problem, ProblemCode, SegmentId};
 
 use super::Begin;
 use super::engine::{for_workflow, spawn};
@@ -42,7 +42,7 @@ async fn begin_as<W: Workflow>(
     let _deciding = if W::DECIDES { Some(cluster.deciding().await) } else { None };
     for _ in 0..ATTEMPTS_MAX {
         let vm = begin.request.vm().map(|vm| free_vm(cluster, vm.as_str(), &begin)).transpose()?;
-        let desk = Desk { cluster, dry_run, vm };
+        let desk = Desk { cluster, dry_run, approved: begin.approved, vm };
         let plan = W::check(&desk, &begin.request).await?;
         let summary = plan.summary.clone();
         if dry_run {
@@ -86,6 +86,7 @@ async fn write_down<W: Workflow>(
         kind: W::KIND,
         vm: plan.about.vm().map(|vm| vm.id),
         image: plan.about.image(),
+        segment: plan.about.segment(),
         subject: plan.subject,
         actor: begin.actor.clone(),
         state: OperationState::Running,
@@ -133,6 +134,14 @@ impl About {
             Self::Vm(row) => Some(row.value.clone()),
             Self::NewVm(vm) => Some((**vm).clone()),
             Self::Image(_) => None,
+        }
+    }
+
+    fn segment(&self) -> Option<SegmentId> {
+        match self {
+            Self::Vm(row) => Some(row.segment.clone()),
+            Self::NewVm(vm) => Some(vm.segment.clone()),
+            Self::Image(row) => row.segment.clone(),
         }
     }
 

@@ -118,6 +118,8 @@ pub struct Desk<'a> {
     pub cluster: &'a Arc<Cluster>,
     /// Nothing will come of it: counters must not be moved.
     pub dry_run: bool,
+    /// A second person has approved it.
+    pub approved: bool,
     pub(super) vm: Option<Arc<Row<Vm>>>,
 }
 

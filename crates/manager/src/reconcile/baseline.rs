@@ -100,8 +100,7 @@ impl Watch {
             name: None,
             note: "taken when the guest was first ready".to_owned(),
         };
-        let begun =
-            cluster.operations.begin(Begin { actor: ACTOR.to_owned(), request, if_match: None }).await;
+        let begun = cluster.operations.begin(Begin::new(ACTOR, request)).await;
         let label = format!("vm:{}", vm.full_name());
         match begun {
             Ok(begun) => {

@@ -10,6 +10,7 @@ use berth_model::vm::Vm;
 use super::baseline::ACTOR;
 use crate::audit::OK;
 use crate::cluster::Cluster;
+use crate::http::segment::call_vms_after_their_segments;
 use crate::operations::{Begin, OperationRequest, OperationRow};
 use crate::records::{Records, RecordsError, Transaction};
 
@@ -23,6 +24,9 @@ const OPERATIONS_KEPT: usize = 10_000;
 pub(super) async fn keep(cluster: Arc<Cluster>) {
     loop {
         expire_snapshots(&cluster).await;
+        if let Err(error) = call_vms_after_their_segments(&cluster).await {
+            tracing::error!(%error, "VMs can't be called after their renamed segments");
+        }
         cluster.watchers.forget_fences(|vm| cluster.records.get::<Vm>(vm.as_str()).is_some());
         if let Err(error) = forget_operations(&cluster.records).await {
             tracing::error!(%error, "old operations can't be removed");
@@ -40,7 +44,7 @@ async fn expire_snapshots(cluster: &Arc<Cluster>) {
         }
         let request =
             OperationRequest::SnapshotDelete { vm: snapshot.vm.clone(), snapshot: snapshot.value.id.clone() };
-        let begin = Begin { actor: ACTOR.to_owned(), request, if_match: None };
+        let begin = Begin::new(ACTOR, request);
         match cluster.operations.begin(begin).await {
             Ok(_) => {
                 let label = format!("snapshot:{}", snapshot.id);

@@ -1,7 +1,7 @@
 //! What is recorded, and where.
 
 use berth_api::agent::PutTask;
-use berth_api::manager::{Segment, User};
+use berth_api::manager::{Approval, Grant, Policy, Role, Segment, Team, User};
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
@@ -41,6 +41,11 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<TokenRow>,
     Table::of::<JoinTokenRow>,
     Table::of::<ImageUpload>,
+    Table::of::<Team>,
+    Table::of::<Role>,
+    Table::of::<Grant>,
+    Table::of::<Policy>,
+    Table::of::<Approval>,
 ];
 
 macro_rules! records {
@@ -65,6 +70,11 @@ records! {
     Snapshot: "/snapshots/", "snapshot", |snapshot| format!("{}/{}", snapshot.vm, snapshot.id);
     OperationRow: "/operations/", "operation", |row| row.operation.id.to_string();
     FixedPorts: "/fixed-ports/", "fixed ports", |ports| ports.vm.to_string();
+    Team: "/teams/", "team", |team| team.id.to_string();
+    Role: "/roles/", "role", |role| role.id.as_ref().map_or_else(|| role.name.to_string(), ToString::to_string);
+    Grant: "/grants/", "grant", |grant| grant.id.to_string();
+    Policy: "/policies/", "policy", |policy| policy.id.to_string();
+    Approval: "/approvals/", "approval", |approval| approval.id.to_string();
     Debt: "/debts/", "debt", |debt| format!("{}/{}", debt.host, debt.task);
 }
 

@@ -6,17 +6,20 @@
 use std::io::Write;
 use std::path::Path;
 
-use berth_api::manager::{CreateToken, CreateUser, User};
+use berth_api::manager::{CreateToken, CreateUser, Grant, Team, TokenKind, User};
 use berth_model::name::Name;
+use berth_model::{GrantId, TeamId};
 
 use super::{RunError, certificates};
 use crate::auth::accounts;
 use crate::cluster::Cluster;
 use crate::http::segment;
-use crate::records::{RecordsError, Transaction};
+use crate::records::{Record, RecordsError, Transaction, UniqueName};
 
 /// What the first administrator is called.
 const ADMIN: &str = "admin";
+/// The team that the first administrator is in, and that may do everything. Its name has no meaning: its grant has.
+const TEAM: &str = "administrators";
 /// The segment that is there from the start.
 const SEGMENT: &str = "default";
 
@@ -48,14 +51,35 @@ pub(super) fn prepare(cluster: &Cluster) -> Option<FirstStart> {
     }
     let (entropy, now) = (&*cluster.entropy, cluster.clock.now());
     let name = |text: &str| -> Name { text.parse().expect("a name that keeps the rule") };
-    let wish = CreateUser { name: name(ADMIN), roles: vec![ADMIN.to_owned()] };
-    let user = accounts::new_user(wish, entropy, now).expect("a role that exists");
-    let wish =
-        CreateToken { user: ADMIN.to_owned(), note: "made at the first start".to_owned(), expires_s: None };
-    let (row, token) = accounts::new_token(&user.id, &wish, entropy, now).expect("a wish in range");
+    let user = accounts::new_user(CreateUser { name: name(ADMIN) }, entropy, now);
+    let wish = CreateToken { note: "made at the first start".to_owned(), ..CreateToken::default() };
+    let (row, token) =
+        accounts::new_token(&user.id, TokenKind::First, None, &wish, entropy, now).expect("a wish in range");
+    let team = Team {
+        id: TeamId::from_entropy(entropy.id()),
+        name: name(TEAM),
+        parent: None,
+        members: vec![user.id.clone()],
+        external_groups: Vec::new(),
+        created_at: now,
+    };
+    let grant = Grant {
+        id: GrantId::from_entropy(entropy.id()),
+        team: Some(team.id.clone()),
+        user: None,
+        role: name(accounts::ADMIN),
+        segment: None,
+        until: None,
+        note: "made at the first start".to_owned(),
+        granted_by: "system:first-start".to_owned(),
+        created_at: now,
+    };
     let mut transaction = Transaction::new();
     accounts::add_user(&mut transaction, &user);
     transaction.create(&row);
+    transaction.create(&team);
+    transaction.claim(&UniqueName::in_cluster(Team::NOUN, &team.name), team.id.as_str());
+    transaction.create(&grant);
     segment::add_segment(&mut transaction, &segment::new_segment(name(SEGMENT), entropy, now));
     Some(FirstStart { secret: token.secret, transaction })
 }

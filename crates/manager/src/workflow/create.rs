@@ -15,6 +15,7 @@ use super::vm::{definition, first_layer, forget_vm, settle};
 use super::{image, wish};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::quota::{self, Added};
 use crate::records::{FixedPorts, RecordsError, Transaction, UniqueName};
 
 /// The counter that VM numbers come from.
@@ -55,6 +56,7 @@ impl Workflow for CreateVm {
         // A number is used up only by a wish that could be granted.
         let number = u32::try_from(cluster.records.peek_number(NUMBERS).await? + 1).unwrap_or(u32::MAX);
         let spec = wish::spec(cluster, wish, &segment, number)?;
+        quota::check(cluster, &segment.value.id, &Added::vm(&spec))?;
         let host = wish::host(cluster, wish, &spec)?;
         if !desk.dry_run && cluster.records.take_number(NUMBERS).await? != u64::from(number) {
             return Err(Problem::new(ProblemCode::Internal, "VM numbers are given without their lock"));

@@ -37,7 +37,7 @@ impl Workflow for DeleteVm {
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
         let OperationRequest::VmDelete { force, .. } = request else { return Err(wrong_request()) };
         let vm = desk.vm()?;
-        if vm.spec.protected {
+        if vm.spec.protected && !desk.approved {
             let message = format!(
                 "{0} is protected against deletion: lift that first, with 'berth vm unprotect {0}'",
                 vm.full_name()

@@ -23,7 +23,7 @@ use super::snapshot::{Capture, drop_files, keep, take, unkeep};
 use super::vm::{definition, look, reachable_host, settle};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
-use crate::records::{Row, Transaction};
+use crate::records::{Records, Row, Transaction};
 
 /// See the module's head.
 pub enum RestoreSnapshot {}
@@ -55,7 +55,7 @@ impl Workflow for RestoreSnapshot {
         let OperationRequest::SnapshotRestore { wish, .. } = request else { return Err(wrong_request()) };
         let vm = desk.vm()?;
         let host = reachable_host(desk.cluster, vm)?;
-        let snapshot = wanted(desk, vm, wish.snapshot.as_deref())?;
+        let snapshot = wanted(&desk.cluster.records, vm, wish.snapshot.as_deref())?;
         let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
         let undo = if running && !wish.no_undo {
             let mut capture = Capture::new(desk.cluster, vm, SnapshotKind::Undo, None)?;
@@ -94,8 +94,12 @@ impl Workflow for RestoreSnapshot {
     }
 }
 
-fn wanted(desk: &Desk<'_>, vm: &Row<Vm>, named: Option<&str>) -> Result<Arc<Row<Snapshot>>, Problem> {
-    let records = &desk.cluster.records;
+/// The snapshot that a VM is to be put back to: the named one, or its baseline.
+pub(crate) fn wanted(
+    records: &Records,
+    vm: &Row<Vm>,
+    named: Option<&str>,
+) -> Result<Arc<Row<Snapshot>>, Problem> {
     match (named, &vm.status.baseline) {
         (Some(name), _) => records.find_snapshot(&vm.value.id, name),
         (None, Some(baseline)) => records.find_snapshot(&vm.value.id, baseline.as_str()),

@@ -14,6 +14,7 @@ use super::vm::{reachable_host, wrong_state};
 use crate::cluster::Cluster;
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::quota::{self, Added};
 use crate::records::{RecordsError, Row, Transaction, UniqueName};
 
 /// The name of a VM's first baseline.
@@ -39,6 +40,7 @@ pub(super) struct Capture {
 impl Workflow for CreateSnapshot {
     type Record = CreateSnapshotRecord;
     const KIND: OperationKind = OperationKind::SnapshotCreate;
+    const DECIDES: bool = true;
     const STEPS: &'static [Step<Self>] =
         &[step!("capture", capture, discard), step!("record", record, unrecord)];
 
@@ -50,6 +52,10 @@ impl Workflow for CreateSnapshot {
         let host = reachable_host(desk.cluster, vm)?;
         if !matches!(vm.status.state, VmState::Running | VmState::Paused | VmState::Stopped) {
             return Err(wrong_state(vm, "to take a snapshot", "running, paused or stopped"));
+        }
+        // What Berth takes by itself keeps a VM safe: it counts, and is not refused.
+        if *kind == SnapshotKind::Manual {
+            quota::check(desk.cluster, &vm.segment, &Added::snapshot(vm))?;
         }
         let mut capture = Capture::new(desk.cluster, vm, *kind, name.clone())?;
         capture.snapshot.note.clone_from(note);
@@ -253,7 +259,8 @@ impl Workflow for DeleteSnapshot {
         let OperationRequest::SnapshotDelete { snapshot, .. } = request else { return Err(wrong_request()) };
         let vm = desk.vm()?;
         let snapshot = desk.cluster.records.find_snapshot(&vm.value.id, snapshot.as_str())?;
-        if vm.status.baseline.as_ref() == Some(&snapshot.value.id) {
+        let is_baseline = vm.status.baseline.as_ref() == Some(&snapshot.value.id);
+        if is_baseline && !desk.approved {
             let message = format!(
                 "{} is the baseline of {}: pin another snapshot first",
                 snapshot.name,
@@ -261,7 +268,7 @@ impl Workflow for DeleteSnapshot {
             );
             return Err(Problem::new(ProblemCode::Protected, message));
         }
-        if snapshot.pinned {
+        if snapshot.pinned && !is_baseline {
             let message =
                 format!("snapshot {} of {} is pinned: unpin it first", snapshot.name, vm.full_name());
             return Err(Problem::new(ProblemCode::Protected, message));

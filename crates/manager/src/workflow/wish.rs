@@ -9,7 +9,7 @@ use berth_model::host::{Host, HostState};
 use berth_model::image::{Image, ImageState, PartRole};
 use berth_model::name::Name;
 use berth_model::placement;
-use berth_model::vm::{NICS_MAX, Nic, Vm, VmSpec};
+use berth_model::vm::{NICS_MAX, Nic, Vm, VmSpec, standard_class};
 use berth_model::{HostId, Problem, ProblemCode};
 
 use super::vm::with_candidates;
@@ -51,6 +51,7 @@ pub(super) fn spec(
         nics: nics(cluster, wish, number)?,
         user_data: wish.user_data.clone(),
         protected: wish.protected,
+        class: wish.class.clone().unwrap_or_else(standard_class),
         ready_timeout_s: wish.ready_timeout_s.unwrap_or(READY_TIMEOUT_S_DEFAULT),
     };
     spec.check()?;

@@ -195,6 +195,8 @@ impl World {
         }
         let segment = Segment {
             id: SegmentId::from_entropy([5; 10]),
+            parent: None,
+            quota: berth_api::manager::Quota::default(),
             name: "default".parse().unwrap(),
             created_at: self.clock.now(),
         };
@@ -427,7 +429,7 @@ pub async fn until(cluster: &Cluster, what: &str, so: impl Fn(&Cluster) -> bool)
 }
 
 pub async fn begin(cluster: &Cluster, request: OperationRequest) -> Result<OperationRef, Problem> {
-    cluster.operations.begin(Begin { actor: "tester".to_owned(), request, if_match: None }).await
+    cluster.operations.begin(Begin::new("tester", request)).await
 }
 
 /// Begins and waits for the end.

@@ -305,7 +305,7 @@ async fn a_wish_that_can_not_be_granted_names_the_field_and_leaves_nothing() {
         assert_eq!(problem.code, code, "{wish:?}: {problem:?}");
         assert_eq!(problem.field.as_deref(), Some(field), "{problem:?}");
         assert!(problem.value.is_some() && problem.expected.is_some(), "{problem:?}");
-        let tried = Begin { actor: "tester".into(), request: ask(wish), if_match: None };
+        let tried = Begin::new("tester", ask(wish));
         assert_eq!(cluster.operations.dry_run(tried).await.expect_err("a refusal"), problem);
     }
     assert_eq!(world.digest(&cluster), before);
@@ -319,7 +319,7 @@ async fn trying_alone_says_what_would_be_and_changes_nothing() {
     let world = World::new(Pools::Local).await;
     let cluster = world.manager_with_hosts().await;
     let before = cluster.records.store().revision().await.expect("a revision");
-    let tried = Begin { actor: "tester".into(), request: create("books"), if_match: None };
+    let tried = Begin::new("tester", create("books"));
     let would = cluster.operations.dry_run(tried).await.expect("it could be");
     assert!(would.operation.is_none());
     assert_eq!(would.summary, "create default/books on host h1 and start it");
@@ -335,7 +335,7 @@ async fn a_change_of_something_that_has_changed_is_refused() {
     let id = running_vm(&cluster, "books").await;
     let read = cluster.records.require::<Vm>(id.as_str()).expect("a VM").revision;
     let stop = || OperationRequest::VmStop { vm: id.clone() };
-    let with = |if_match| Begin { actor: "tester".into(), request: stop(), if_match: Some(if_match) };
+    let with = |if_match| Begin { if_match: Some(if_match), ..Begin::new("tester", stop()) };
     done(&cluster, take(&id, "one")).await;
     let problem = cluster.operations.begin(with(read)).await.expect_err("it has changed");
     assert_eq!(problem.code, ProblemCode::Changed);

@@ -227,6 +227,7 @@ async fn create_vm(client: &Client, wish: &VmWish) -> Result<VmId, RequestError>
         machine_type: Some(MACHINE_TYPE.to_owned()),
         host: wish.host.clone(),
         protected: false,
+        class: None,
         ready_timeout_s: None,
         stopped: wish.stopped,
     };

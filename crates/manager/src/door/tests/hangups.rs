@@ -15,17 +15,10 @@ use tower::ServiceExt;
 use super::support::{Fixture, answer};
 use crate::audit::STATUS_CALLER_GONE;
 use crate::door::target::TheCluster;
-use crate::door::{Answer, Call, Door, Gate};
-use crate::policy::Policies;
+use crate::door::{Answer, Call, Door};
 
 fn door(fixture: &Fixture) -> Door {
-    Door::new(Arc::new(Gate::new(
-        Arc::clone(fixture.cluster()),
-        Policies::built_in().expect("valid policies"),
-        fixture.manager.audit().clone(),
-        Arc::default(),
-        berth_api::join::Fingerprint::of_der(b""),
-    )))
+    Door::new(Arc::clone(fixture.manager.gate()))
 }
 
 fn request(fixture: &Fixture, method: &str, path: &str, body: &'static str) -> Request<Body> {

@@ -110,6 +110,7 @@ async fn events_of_an_operation_that_is_over_are_its_last_state_and_the_end() {
         kind: OperationKind::VmStop,
         vm: None,
         image: None,
+        segment: None,
         subject: "default/books".to_owned(),
         actor: "admin".to_owned(),
         state: OperationState::Failed,
@@ -190,7 +191,7 @@ async fn can_i_tells_the_policy_that_permits_it() {
     let got = fixture.get("/v1/can-i?action=snapshot.restore&resource=default/books").await.json();
     assert_eq!(got["allowed"], true);
     assert!(
-        got["reason"].as_str().is_some_and(|reason| reason.contains("administrators-may-everything")),
+        got["reason"].as_str().is_some_and(|reason| reason.contains("team administrators, role admin")),
         "{got}"
     );
     let path = "/v1/can-i?action=vm.view&resource=default/books";

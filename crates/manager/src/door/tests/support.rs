@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use berth_api::manager::{AuditRecord, CreateToken, CreateUser, Segment, User};
+use berth_api::manager::{AuditRecord, CreateToken, CreateUser, Grant, Segment, TokenKind, User};
 use berth_api::pki::{Authority, Identity, Peer};
 use berth_api::serve::Caller;
 use berth_api::transport::{self, BoxFuture};
@@ -14,7 +14,7 @@ use berth_api::{Client, Transport, TransportError};
 use berth_model::host::{Accelerator, Host, HostState, Inventory, NetworkMode, PoolReport, QemuAbilities};
 use berth_model::image::{Image, ImagePart, ImageState, PartFormat, PartRole};
 use berth_model::vm::{GuestState, Vm, VmSpec, VmState, VmStatus};
-use berth_model::{HostId, ImageId, LayerId, Timestamp, VmId};
+use berth_model::{GrantId, HostId, ImageId, LayerId, Timestamp, VmId};
 use berth_store::MemoryStore;
 use bytes::Bytes;
 use http::header::AUTHORIZATION;
@@ -262,16 +262,32 @@ pub async fn answer(router: Router, mut request: Request<Body>, peer: Peer) -> G
     Got { status: parts.status, headers: parts.headers, body }
 }
 
-/// Adds a user with a token, and gives its secret.
+/// A grant that is to be, of a role in a segment or everywhere.
+pub fn grant_of(cluster: &Cluster, user: &User, role: &str, segment: Option<&Segment>) -> Grant {
+    Grant {
+        id: GrantId::from_entropy(cluster.entropy.id()),
+        team: None,
+        user: Some(user.id.clone()),
+        role: role.parse().expect("a name"),
+        segment: segment.map(|segment| segment.id.clone()),
+        until: None,
+        note: String::new(),
+        granted_by: "test".to_owned(),
+        created_at: cluster.clock.now(),
+    }
+}
+
+/// Adds a user with a session and these roles everywhere, and gives the session's secret.
 pub async fn add_user(cluster: &Cluster, name: &str, roles: &[&str]) -> String {
-    let name = name.parse().expect("a name");
-    let roles = roles.iter().map(|role| (*role).to_owned()).collect();
-    let user = accounts::new_user(CreateUser { name, roles }, &*cluster.entropy, cluster.clock.now());
-    let user: User = user.expect("roles that exist");
-    let wish = CreateToken { user: user.name.to_string(), note: String::new(), expires_s: None };
+    let (entropy, now) = (&*cluster.entropy, cluster.clock.now());
+    let user = accounts::new_user(CreateUser { name: name.parse().expect("a name") }, entropy, now);
     let (row, token) =
-        accounts::new_token(&user.id, &wish, &*cluster.entropy, cluster.clock.now()).expect("in range");
+        accounts::new_token(&user.id, TokenKind::Session, None, &CreateToken::default(), entropy, now)
+            .expect("in range");
     let mut transaction = Transaction::new();
+    for role in roles {
+        transaction.create(&grant_of(cluster, &user, role, None));
+    }
     accounts::add_user(&mut transaction, &user);
     transaction.create(&row);
     cluster.records.commit(transaction).await.expect("recorded");
@@ -353,6 +369,7 @@ pub fn sample_vm(number: u32, segment: &Segment, host: &Host, image: &Image) -> 
             nics: Vec::new(),
             user_data: None,
             protected: false,
+            class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
         },
         status: VmStatus {

@@ -1,0 +1,115 @@
+//! Quotas: the most that the VMs of a segment, with those of the segments inside it, may be and take together.
+//!
+//! They are looked at before anything is done, under the lock that everything is decided under that depends on sums,
+//! and count what is recorded, whether it runs or not. A VM that is to be must fit the quota of its segment and of
+//! every segment that this one is inside of. They are looked at again at a restore: what was allowed when the snapshot
+//! was taken may be too much today.
+
+use std::collections::HashSet;
+
+use berth_api::manager::{Quota, Segment, Usage};
+use berth_model::snapshot::Snapshot;
+use berth_model::vm::{Vm, VmSpec};
+use berth_model::{Problem, ProblemCode, SegmentId};
+
+use crate::cluster::Cluster;
+use crate::policy::book::DEPTH_MAX;
+
+/// What would be added.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Added(Usage);
+
+impl Added {
+    /// A VM.
+    pub fn vm(spec: &VmSpec) -> Self {
+        Self(Usage {
+            vms: 1,
+            vcpus: u64::from(spec.vcpus),
+            memory_mib: spec.memory_mib,
+            disk_mib: spec.disk_mib,
+            ..Usage::default()
+        })
+    }
+
+    /// A snapshot of a VM: its memory as a whole, because what is zero in it is known only afterwards.
+    pub fn snapshot(vm: &Vm) -> Self {
+        let memory_mib = if vm.status.state.may_run() { vm.spec.memory_mib } else { 0 };
+        Self(Usage { snapshots: 1, snapshot_mib: memory_mib, ..Usage::default() })
+    }
+}
+
+/// Refuses what would not fit.
+///
+/// # Errors
+/// [`ProblemCode::OverQuota`], naming the segment, what there is too little of, and how much.
+pub fn check(cluster: &Cluster, segment: &SegmentId, added: &Added) -> Result<(), Problem> {
+    let mut next = cluster.records.get::<Segment>(segment.as_str());
+    for _ in 0..=DEPTH_MAX {
+        let Some(row) = next else { return Ok(()) };
+        if row.quota != Quota::default() {
+            fits(&row, &usage(cluster, &row.value.id), &added.0)?;
+        }
+        next = row.parent.as_ref().and_then(|parent| cluster.records.get::<Segment>(parent.as_str()));
+    }
+    Ok(())
+}
+
+fn fits(segment: &Segment, used: &Usage, added: &Usage) -> Result<(), Problem> {
+    let quota = &segment.quota;
+    let lines = [
+        ("vms", "VMs", quota.vms, used.vms, added.vms),
+        ("vcpus", "virtual CPUs", quota.vcpus, used.vcpus, added.vcpus),
+        ("memory_mib", "MiB of memory", quota.memory_mib, used.memory_mib, added.memory_mib),
+        ("disk_mib", "MiB of disk", quota.disk_mib, used.disk_mib, added.disk_mib),
+        ("snapshots", "snapshots", quota.snapshots, used.snapshots, added.snapshots),
+        ("snapshot_mib", "MiB of snapshots", quota.snapshot_mib, used.snapshot_mib, added.snapshot_mib),
+    ];
+    for (field, what, most, used, added) in lines {
+        let Some(most) = most else { continue };
+        let then = used.saturating_add(added);
+        if then > most && added > 0 {
+            let message = format!(
+                "segment {} may have {most} {what}, has {used}, and this would add {added}",
+                segment.name
+            );
+            let expected = format!("at most {}", most.saturating_sub(used));
+            return Err(Problem::new(ProblemCode::OverQuota, message).at(field, added, expected));
+        }
+    }
+    Ok(())
+}
+
+/// What a segment has used up, those inside it counted.
+pub fn usage(cluster: &Cluster, segment: &SegmentId) -> Usage {
+    let within = segments_within(cluster, segment);
+    let mut usage = Usage::default();
+    let mut vms = HashSet::new();
+    for vm in cluster.records.list_where::<Vm>(|vm| within.contains(&vm.segment)) {
+        usage.vms += 1;
+        usage.vcpus += u64::from(vm.spec.vcpus);
+        usage.memory_mib = usage.memory_mib.saturating_add(vm.spec.memory_mib);
+        usage.disk_mib = usage.disk_mib.saturating_add(vm.spec.disk_mib);
+        vms.insert(vm.value.id.clone());
+    }
+    let mut bytes: u64 = 0;
+    for snapshot in cluster.records.list_where::<Snapshot>(|snapshot| vms.contains(&snapshot.vm)) {
+        usage.snapshots += 1;
+        let facts = &snapshot.facts;
+        bytes = bytes.saturating_add(facts.memory_stored_bytes).saturating_add(facts.disk_stored_bytes);
+    }
+    usage.snapshot_mib = bytes >> 20;
+    usage
+}
+
+fn segments_within(cluster: &Cluster, segment: &SegmentId) -> HashSet<SegmentId> {
+    let all = cluster.records.list::<Segment>();
+    let mut within = HashSet::from([segment.clone()]);
+    // Each round finds one level more.
+    for _ in 0..=DEPTH_MAX {
+        let inside =
+            all.iter().filter(|row| row.parent.as_ref().is_some_and(|parent| within.contains(parent)));
+        let inside: Vec<SegmentId> = inside.map(|row| row.value.id.clone()).collect();
+        within.extend(inside);
+    }
+    within
+}
