@@ -76,9 +76,14 @@ fn load_manager_config(path: &Path) -> Result<ManagerConfig, Failure> {
         }
         Err(error) => return Err(unreadable(path, &error)),
     };
-    toml::from_str(&text).map_err(|error| {
+    let config: ManagerConfig = toml::from_str(&text).map_err(|error| {
         Failure::field("config", path.display(), &format!("a manager's configuration: {error}"))
-    })
+    })?;
+    // Tried here, so that it ends as a wrong configuration does, and systemd does not start it again and again.
+    berth_manager::audit::forward::prepare(&config.audit).map_err(|error| {
+        Failure::field("config", path.display(), &format!("usable destinations: {error}"))
+    })?;
+    Ok(config)
 }
 
 fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
@@ -166,6 +171,8 @@ mod tests {
         fs::write(&path, "listn = 7\n").expect("written");
         assert_eq!(load_manager_config(&path).expect_err("refused").code(), 2);
         assert_eq!(load_manager_config(&directory.path().join("none")).expect_err("refused").code(), 2);
+        fs::write(&path, "[[audit.forward]]\nname = \"siem\"\n").expect("written");
+        assert_eq!(load_manager_config(&path).expect_err("no destination").code(), 2);
         fs::write(&path, "listen = \"127.0.0.1:0\"\n").expect("written");
         assert_eq!(load_manager_config(&path).expect("good").listen.port(), 0);
     }

@@ -5,6 +5,9 @@
 //! audit before it may run; it is taken at a load of several hundred requests a second, from several callers that
 //! each wait for their answer.
 //!
+//! No start can be durable before the disk says so: beside the latency stands how long a bare sync of a few kilobytes took
+//! on the same disk just before. On a disk that others keep busy, that is what is measured.
+//!
 //! Arguments: the directory for the file (the figure is its disk's), and the seconds of each part.
 
 use std::path::PathBuf;
@@ -34,21 +37,25 @@ async fn main() -> Result<(), Failed> {
     let audit =
         Audit::open(Arc::<SqliteStore>::clone(&store), Arc::new(SystemClock), key, OtherKey::Refused).await?;
 
+    let syncs = syncs(&directory)?;
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let mut waits = callers(&audit, CALLERS_PACED, PACE, until).await?;
+    audit.flush().await;
+
     let (start, before) = (Instant::now(), audit.size());
     callers(&audit, CALLERS_AT_ONCE, Duration::ZERO, start + Duration::from_secs(seconds)).await?;
     audit.flush().await;
     let rate = (audit.size() - before) as f64 / start.elapsed().as_secs_f64();
 
-    let until = Instant::now() + Duration::from_secs(seconds);
-    let mut waits = callers(&audit, CALLERS_PACED, PACE, until).await?;
-    audit.flush().await;
     waits.sort_unstable();
-    let at = |share: f64| waits[((waits.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;
     println!(
         "{{\"audit_appends_per_second\":{rate:.0},\"audit_added_latency_p99_ms\":{:.3},\
-         \"audit_added_latency_p50_ms\":{:.3},\"paced_requests_per_second\":{:.0},\"records\":{}}}",
-        at(0.99),
-        at(0.5),
+         \"audit_added_latency_p50_ms\":{:.3},\"disk_sync_p99_ms\":{:.3},\"disk_sync_p50_ms\":{:.3},\
+         \"paced_requests_per_second\":{:.0},\"records\":{}}}",
+        at(&waits, 0.99),
+        at(&waits, 0.5),
+        at(&syncs, 0.99),
+        at(&syncs, 0.5),
         waits.len() as f64 / seconds as f64,
         audit.size(),
     );
@@ -59,6 +66,28 @@ async fn main() -> Result<(), Failed> {
         let _ = std::fs::remove_file(name);
     }
     Ok(())
+}
+
+/// The time below which this share of sorted times is, in milliseconds.
+fn at(sorted: &[Duration], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3
+}
+
+/// How long the disk takes to make some kilobytes durable, sorted.
+fn syncs(directory: &std::path::Path) -> Result<Vec<Duration>, Failed> {
+    let path = directory.join(format!("audit-rate-{}.sync", std::process::id()));
+    let mut file = std::fs::File::create(&path)?;
+    let mut times = Vec::new();
+    for _ in 0..500 {
+        std::io::Write::write_all(&mut file, &[7; 8192])?;
+        let began = Instant::now();
+        file.sync_data()?;
+        times.push(began.elapsed());
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    std::fs::remove_file(path)?;
+    times.sort_unstable();
+    Ok(times)
 }
 
 /// Callers that ask one thing after the other until the time is over: how long each start was waited for.

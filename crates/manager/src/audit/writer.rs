@@ -291,6 +291,11 @@ impl Writer {
     fn take(&mut self, batch: &mut Batch, message: Message) {
         match message {
             Message::Start(record, answer) => {
+                if batch.started.is_empty() {
+                    // An entry holds starts of one write only. So a lone caller's is written once and deleted once, and
+                    // not again and again with those of others that are still under way.
+                    self.next_ticket = self.next_ticket.next_multiple_of(OPEN_PER_ENTRY);
+                }
                 let ticket = self.next_ticket;
                 self.next_ticket += 1;
                 self.touch(batch, ticket / OPEN_PER_ENTRY);
