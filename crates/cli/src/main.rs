@@ -64,6 +64,7 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Agent { verb } => daemon::agent(verb, output),
         Command::Login(arguments) => block_on(login::run(arguments, output)),
         Command::Logout => block_on(login::logout(output)),
+        Command::Noun(Noun::Audit { verb }) if audit::is_offline(&verb) => audit::run_offline(&verb, output),
         Command::Noun(noun) => block_on(async { ask(noun, &Session::open(output.clone())?).await }),
         Command::Completions { shell } => {
             let mut script = Vec::new();

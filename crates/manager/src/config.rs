@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::forward::AuditConfig;
 use crate::workflow::addresses::AddressRange;
 
 /// The port that the manager listens on when nothing is said.
@@ -31,6 +32,8 @@ pub struct ManagerConfig {
     /// The file that says how people log in (`login.toml`); none: with passwords of Berth's own alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login: Option<PathBuf>,
+    /// Where audit records are sent on to.
+    pub audit: AuditConfig,
 }
 
 impl Default for ManagerConfig {
@@ -42,6 +45,7 @@ impl Default for ManagerConfig {
             addresses: None,
             first_token_file: None,
             login: None,
+            audit: AuditConfig::default(),
         }
     }
 }
@@ -59,6 +63,16 @@ impl ManagerConfig {
 
     pub(crate) fn ca_key_path(&self) -> PathBuf {
         self.pki_dir().join("ca.key")
+    }
+
+    /// The key that the audit's checkpoints are signed with.
+    pub(crate) fn audit_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.key")
+    }
+
+    /// Its public half, which auditors need.
+    pub fn audit_public_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.pub")
     }
 
     pub(crate) fn pki_dir(&self) -> PathBuf {

@@ -424,7 +424,8 @@ pub fn save_lock(cluster: &Arc<Cluster>, user: &UserId) {
     });
 }
 
-fn user_of(cluster: &Arc<Cluster>, name: &str) -> Option<Arc<Row<User>>> {
+/// The user of this name.
+pub fn user_of(cluster: &Arc<Cluster>, name: &str) -> Option<Arc<Row<User>>> {
     let name: Name = name.parse().ok()?;
     let id = cluster.records.id_of(&UniqueName::in_cluster("user", &name))?;
     cluster.records.get::<User>(&id)
