@@ -49,12 +49,12 @@ pub struct Parts {
 pub struct Settings {
     /// The addresses that VMs are given; none: they ask by DHCP.
     pub addresses: Option<AddressRange>,
+    /// How people log in.
+    pub login: LoginSettings,
     /// What the audit's checkpoints are signed with; none: a key that is forgotten with this manager, for tests.
     pub audit_key: Option<Arc<berth_tlog::SigningKey>>,
     /// Whether to go on with a log that was signed with another key.
     pub audit_new_key: bool,
-    /// How people log in.
-    pub login: LoginSettings,
 }
 
 /// One cluster.
@@ -75,10 +75,10 @@ pub struct Cluster {
     pub authority: Arc<Authority>,
     /// What was set.
     pub settings: Settings,
-    /// Where what the system does by itself is written down; empty until the audit has been opened.
-    audit: OnceLock<Audit>,
     /// Logging in, and the sessions that came of it.
     pub logins: Logins,
+    /// Where what the system does by itself is written down; empty until the audit has been opened.
+    audit: OnceLock<Audit>,
     pub(crate) interference: Option<Arc<dyn Interference>>,
     deciding: Mutex<()>,
     fetching: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,

@@ -29,11 +29,11 @@ pub struct ManagerConfig {
     /// of showing it on the terminal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_file: Option<PathBuf>,
-    /// Where audit records are sent on to.
-    pub audit: AuditConfig,
     /// The file that says how people log in (`login.toml`); none: with passwords of Berth's own alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login: Option<PathBuf>,
+    /// Where audit records are sent on to.
+    pub audit: AuditConfig,
 }
 
 impl Default for ManagerConfig {
@@ -44,8 +44,8 @@ impl Default for ManagerConfig {
             certificate_names: Vec::new(),
             addresses: None,
             first_token_file: None,
-            audit: AuditConfig::default(),
             login: None,
+            audit: AuditConfig::default(),
         }
     }
 }

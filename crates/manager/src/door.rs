@@ -66,6 +66,7 @@ pub struct Gate {
     /// Those who showed nothing good, and those who asked for what anybody may.
     refused: Strangers,
     passing: Strangers,
+    logging_in: Strangers,
 }
 
 impl Gate {
@@ -85,6 +86,7 @@ impl Gate {
             ca,
             refused: Strangers::default(),
             passing: Strangers::default(),
+            logging_in: Strangers::default(),
         }
     }
 

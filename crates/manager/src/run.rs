@@ -208,8 +208,8 @@ pub struct Bound {
 /// # Errors
 /// When any of that fails; nothing is left half made that the next start could not go on with.
 pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
-    let forwarders = forward::prepare(&config.audit)?;
     let login = config.login.as_deref().map(LoginSettings::load).transpose()?.unwrap_or_default();
+    let forwarders = forward::prepare(&config.audit)?;
     certificates::make_private_dir(&config.state_dir)?;
     let steady = Arc::new(berth_store::SystemClock::new());
     let store = Arc::new(SqliteStore::open(config.store_path(), steady).await?);
@@ -232,9 +232,9 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         authority,
         settings: Settings {
             addresses: config.addresses,
+            login,
             audit_key: Some(Arc::new(audit_key)),
             audit_new_key: config.audit.accept_new_key,
-            login,
         },
     })
     .await?;

@@ -8,9 +8,11 @@ use berth_api::manager::{
     IdentityQuery, LinkIdentity, NewPassword, SetPassword, User, UserDisable, UserEnable, UserIdentityLink,
     UserIdentityUnlink, UserLogin, UserLoginShow, UserPasswordReset, UserPath, UserShow, UserTotpReset,
 };
+use berth_model::access::Action;
 use clap::Subcommand;
 use serde::Serialize;
 
+use crate::arguments::DryRunArguments;
 use crate::exit::Failure;
 use crate::login::Prompt;
 use crate::output::{Facts, instant};
@@ -29,11 +31,15 @@ pub enum Verb {
     Disable {
         /// Its name or id
         user: String,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Let a user in again
     Enable {
         /// Its name or id
         user: String,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Give a user a password that it has to change at the next login; its sessions end
     ResetPassword {
@@ -42,11 +48,15 @@ pub enum Verb {
         /// File with the password, '-' to be asked for it; without it, one is made and printed once
         #[arg(long, value_name = "FILE")]
         password_file: Option<PathBuf>,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Remove a user's second factor; its sessions end
     ResetTotp {
         /// Its name or id
         user: String,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Say who a user is at an identity provider or in a directory
     Link {
@@ -58,6 +68,8 @@ pub enum Verb {
         /// Who the user is there: 'sub' of its tokens, or its entryUUID; a refused login says it
         #[arg(long)]
         subject: String,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Take that back; its sessions end
     Unlink {
@@ -65,6 +77,8 @@ pub enum Verb {
         user: String,
         /// The identity's id, as 'berth user show' prints it
         identity: String,
+        #[command(flatten)]
+        dry_run: DryRunArguments,
     },
     /// Change your own password; your other sessions end
     ChangePassword,
@@ -98,34 +112,37 @@ struct Shown {
 /// # Errors
 /// When the manager refuses or can't be reached.
 pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
+    if let Some((user, summary)) = tried(&verb) {
+        return session.would(Action::UserManage, Some(user), &summary).await;
+    }
     let path = |user: &str| UserPath { user: user.to_owned() };
     match verb {
         Verb::Show { user } => show(session, &path(&user)).await,
-        Verb::Disable { user } => {
+        Verb::Disable { user, .. } => {
             let changed = session.ask::<UserDisable>(&path(&user), &Nothing {}).await?;
             session
                 .output
                 .done(&changed, || format!("user {} is shut out; what it began goes on", changed.name))
         }
-        Verb::Enable { user } => {
+        Verb::Enable { user, .. } => {
             let changed = session.ask::<UserEnable>(&path(&user), &Nothing {}).await?;
             session.output.done(&changed, || format!("user {} may log in again", changed.name))
         }
-        Verb::ResetPassword { user, password_file } => {
+        Verb::ResetPassword { user, password_file, .. } => {
             let given = read(password_file.as_deref())?;
             let new = set_password(session, &user, given).await?;
             session.output.done(&new, || said(&user, new.password.as_deref()))
         }
-        Verb::ResetTotp { user } => {
+        Verb::ResetTotp { user, .. } => {
             session.ask::<UserTotpReset>(&path(&user), &Nothing {}).await?;
             session.output.done(&(), || format!("user {user} is asked for codes no more"))
         }
-        Verb::Link { user, source, subject } => {
+        Verb::Link { user, source, subject, .. } => {
             let wish = LinkIdentity { source, subject };
             let made = session.send::<UserIdentityLink>(&path(&user), &Nothing {}, &wish).await?;
             session.output.done(&made, || format!("user {user} is {} at {}", made.subject, made.source))
         }
-        Verb::Unlink { user, identity } => {
+        Verb::Unlink { user, identity, .. } => {
             let query = IdentityQuery { identity };
             session.ask::<UserIdentityUnlink>(&path(&user), &query).await?;
             session.output.done(&(), || format!("user {user} is that no more"))
@@ -133,6 +150,20 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         Verb::ChangePassword => own::change_password(session).await,
         Verb::Totp { verb } => own::totp(session, verb).await,
     }
+}
+
+/// For a change that is only tried: whom it is about, and what it would do.
+fn tried(verb: &Verb) -> Option<(&str, String)> {
+    let (user, dry_run, what) = match verb {
+        Verb::Disable { user, dry_run } => (user, dry_run, "would shut out user"),
+        Verb::Enable { user, dry_run } => (user, dry_run, "would let in again user"),
+        Verb::ResetPassword { user, dry_run, .. } => (user, dry_run, "would give another password to user"),
+        Verb::ResetTotp { user, dry_run } => (user, dry_run, "would remove the second factor of user"),
+        Verb::Link { user, dry_run, .. } => (user, dry_run, "would add an identity to user"),
+        Verb::Unlink { user, dry_run, .. } => (user, dry_run, "would take an identity from user"),
+        Verb::Show { .. } | Verb::ChangePassword | Verb::Totp { .. } => return None,
+    };
+    dry_run.dry_run.then(|| (user.as_str(), format!("{what} {user}")))
 }
 
 /// What was made, with a first password.

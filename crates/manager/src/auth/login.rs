@@ -9,24 +9,19 @@
 //! after the same work. Steps: the password, or who a provider or directory vouches for; then a code, if the user has
 //! a second factor; then a new password, if the one that was given is good once.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use berth_api::manager::{
-    DevicePrompt, LoginAnswer, LoginNeed, LoginReply, LoginRequest, LoginWays, NewSession, User,
-};
+use berth_api::manager::{LoginAnswer, LoginNeed, LoginReply, LoginRequest, LoginWays, NewSession, User};
 use berth_model::name::Name;
 use berth_model::{Problem, ProblemCode, Timestamp, UserId};
 
-use super::SecretHash;
 use super::credential::{self, CredentialRow};
 use super::directory::{Directory, DirectoryError};
-use super::external::External;
-use super::lockout::{Attempt, Lockout, network_of};
-use super::oidc::{DeviceOuting, OidcError, Outing, Polled, Provider};
+use super::lockout::{Attempt, Lockout};
+use super::oidc::Provider;
 use super::password::{Password, Passwords, Verdict};
 use super::session::{self, Proof, Sessions};
 use super::settings::LoginSettings;
@@ -34,22 +29,19 @@ use crate::cluster::Cluster;
 use crate::records::{Row, Transaction, UniqueName};
 
 mod arrive;
+mod outing;
+mod walks;
+
+pub use outing::COOKIE;
+
+use walks::{State, Walks};
 
 /// How long a walk lives from its last good step on, in milliseconds.
 const WALK_MS: u64 = 5 * 60_000;
-/// How long a walk through a provider lives at most, in milliseconds.
-const OUTING_MS_MAX: u64 = 15 * 60_000;
 /// Wrong codes in one walk, after which it is over.
 const CODES_MAX: u32 = 5;
-/// Most walks at once; those of one address make room for its own first.
-const WALKS_MAX: usize = 4096;
-/// Most walks from one address.
-const WALKS_PER_ADDRESS_MAX: usize = 64;
 /// Longest name that is looked at, in bytes.
 const NAME_BYTES_MAX: usize = 256;
-/// The cookie that ties a browser to its walk; the prefix keeps other hosts and plain HTTP from setting it.
-pub const COOKIE: &str = "__Host-berth-login";
-
 /// All that logging in needs.
 pub struct Logins {
     /// How long sessions live, and which were used when.
@@ -60,25 +52,7 @@ pub struct Logins {
     pub lockout: Lockout,
     providers: Vec<Arc<Provider>>,
     directories: Vec<Arc<Directory>>,
-    walks: Mutex<HashMap<String, Walk>>,
-}
-
-/// How far somebody has got.
-struct Walk {
-    address: IpAddr,
-    expires_at: Timestamp,
-    state: State,
-}
-
-enum State {
-    /// The user is known and has to show a code.
-    Code { who: Who, wrong: u32 },
-    /// The user is known and has to choose a password in place of the one with this hash.
-    NewPassword { who: Who, old_hash: String },
-    /// The user has to say yes on another device.
-    Device { provider: Arc<Provider>, outing: DeviceOuting, ask_from: Timestamp },
-    /// A browser is at the provider; the hash is that of the cookie it has to come back with.
-    Browser { provider: Arc<Provider>, outing: Outing, cookie: SecretHash },
+    walks: Walks,
 }
 
 /// Who has proved who it is, and how.
@@ -123,7 +97,7 @@ impl Logins {
             lockout: Lockout::default(),
             providers: settings.oidc.into_iter().map(|one| Arc::new(Provider::new(one))).collect(),
             directories: settings.ldap.into_iter().map(|one| Arc::new(Directory::new(one))).collect(),
-            walks: Mutex::default(),
+            walks: Walks::default(),
         }
     }
 
@@ -149,11 +123,6 @@ impl Logins {
                 Err(Problem::field("source", source, "a provider or directory of the manager's login.toml"))
             }
         }
-    }
-
-    fn provider(&self, name: &str) -> Result<Arc<Provider>, Problem> {
-        let found = self.providers.iter().find(|one| one.settings.name.as_str() == name);
-        found.cloned().ok_or_else(|| Problem::not_found("provider", name))
     }
 
     /// The first step with a password.
@@ -237,87 +206,6 @@ impl Logins {
         self.vouched(cluster, &external, directory.settings.create_users, method, from).await
     }
 
-    /// Where to send a browser, and the cookie that it has to come back with.
-    ///
-    /// # Errors
-    /// That there is no such provider, or that it can't be asked.
-    pub async fn begin_browser(
-        &self,
-        cluster: &Arc<Cluster>,
-        provider: &str,
-        from: From,
-    ) -> Result<(String, String), Problem> {
-        let provider = self.provider(provider)?;
-        let (url, outing) =
-            provider.begin(&*cluster.entropy, from.now).await.map_err(|error| failed(&provider, &error))?;
-        let cookie = random(cluster);
-        let state =
-            State::Browser { provider, outing: outing.clone(), cookie: SecretHash::of(cookie.as_bytes()) };
-        self.put(outing.state, from, OUTING_MS_MAX, state);
-        Ok((url, cookie))
-    }
-
-    /// A browser has come back: with what the provider said and the cookie that it was sent with.
-    ///
-    /// # Errors
-    /// When it is not the one that was sent, or the provider does not vouch for anybody.
-    pub async fn finish_browser(
-        &self,
-        cluster: &Arc<Cluster>,
-        name: &str,
-        back: &berth_api::manager::CallbackQuery,
-        cookie: Option<&str>,
-        from: From,
-    ) -> Result<LoginReply, Problem> {
-        let state = back.state.as_deref().ok_or_else(no_walk)?;
-        let walk = self.take(state, from)?;
-        // Whatever comes now, a browser comes back once.
-        let State::Browser { provider, outing, cookie: expected } = walk.state else { return Err(no_walk()) };
-        let is_its_own = cookie.is_some_and(|cookie| expected.is_of(cookie.as_bytes()));
-        if !is_its_own || provider.settings.name.as_str() != name {
-            return Err(no_walk());
-        }
-        if let Some(error) = &back.error {
-            return Err(failed(&provider, &OidcError::Refused { error: error.chars().take(60).collect() }));
-        }
-        let code = back.code.as_deref().ok_or_else(no_walk)?;
-        let external = provider
-            .finish(&outing, code, back.iss.as_deref(), from.now)
-            .await
-            .map_err(|error| failed(&provider, &error))?;
-        let method = format!("oidc:{name}");
-        self.vouched(cluster, &external, provider.settings.create_users, method, from).await
-    }
-
-    /// Begins the way of a device.
-    ///
-    /// # Errors
-    /// As [`Self::begin_browser`].
-    pub async fn begin_device(
-        &self,
-        cluster: &Arc<Cluster>,
-        provider: &str,
-        from: From,
-    ) -> Result<LoginReply, Problem> {
-        let provider = self.provider(provider)?;
-        let outing = provider.begin_device(from.now).await.map_err(|error| failed(&provider, &error))?;
-        let prompt = DevicePrompt {
-            verification_uri: outing.verification_uri.clone(),
-            verification_uri_complete: outing.verification_uri_complete.clone(),
-            user_code: outing.user_code.clone(),
-            interval_s: outing.interval_s,
-        };
-        let life_ms = outing.expires_s.saturating_mul(1000).min(OUTING_MS_MAX);
-        let id = random(cluster);
-        self.put(id.clone(), from, life_ms, State::Device { provider, outing, ask_from: from.now });
-        Ok(LoginReply {
-            session: None,
-            login: Some(id),
-            needs: Some(LoginNeed::Device),
-            device: Some(prompt),
-        })
-    }
-
     /// A further step.
     ///
     /// # Errors
@@ -329,7 +217,7 @@ impl Logins {
         answer: &LoginAnswer,
         from: From,
     ) -> Result<LoginReply, Problem> {
-        let walk = self.take(id, from)?;
+        let walk = self.walks.take(id, from)?;
         let given = (&answer.totp, &answer.recovery, &answer.new_password);
         match (walk.state, given) {
             (State::Code { who, wrong }, (Some(code), None, None)) => {
@@ -342,7 +230,7 @@ impl Logins {
                 let kept = State::NewPassword { who: who.clone(), old_hash: old_hash.clone() };
                 let result = self.change_first(cluster, &who, &old_hash, new, from).await;
                 if result.is_err() {
-                    self.put_back(id, from, walk.expires_at, kept);
+                    self.walks.put_back(id, from, walk.expires_at, kept);
                 }
                 result
             }
@@ -351,7 +239,7 @@ impl Logins {
             }
             // A browser's walk ends where the browser comes back, and nowhere else.
             (State::Browser { provider, outing, cookie }, _) => {
-                self.put_back(id, from, walk.expires_at, State::Browser { provider, outing, cookie });
+                self.walks.put_back(id, from, walk.expires_at, State::Browser { provider, outing, cookie });
                 Err(no_walk())
             }
             (state, _) => {
@@ -360,7 +248,7 @@ impl Logins {
                     State::NewPassword { .. } => "new_password, and nothing else",
                     State::Device { .. } | State::Browser { .. } => "nothing but the question",
                 };
-                self.put_back(id, from, walk.expires_at, state);
+                self.walks.put_back(id, from, walk.expires_at, state);
                 let message = format!("this login needs something else next: expected {expected}");
                 Err(Problem::new(ProblemCode::InvalidInput, message).at("login", "", expected))
             }
@@ -382,7 +270,7 @@ impl Logins {
         let taken = attempt == Attempt::Counted && take_code(cluster, &who.user, code, from.now).await?;
         if !taken {
             if wrong + 1 < CODES_MAX {
-                self.put(id.to_owned(), from, WALK_MS, State::Code { who, wrong: wrong + 1 });
+                self.walks.put(id.to_owned(), from, WALK_MS, State::Code { who, wrong: wrong + 1 });
             }
             return Err(wrong_code());
         }
@@ -417,56 +305,6 @@ impl Logins {
         })
         .await?;
         self.open(cluster, &user, &who.proof, true, from).await
-    }
-
-    async fn ask_device(
-        &self,
-        cluster: &Arc<Cluster>,
-        id: &str,
-        at: (Arc<Provider>, DeviceOuting, Timestamp),
-        expires_at: Timestamp,
-        from: From,
-    ) -> Result<LoginReply, Problem> {
-        let (provider, mut outing, ask_from) = at;
-        let waiting = LoginReply {
-            session: None,
-            login: Some(id.to_owned()),
-            needs: Some(LoginNeed::Device),
-            device: None,
-        };
-        if from.now < ask_from {
-            self.put_back(id, from, expires_at, State::Device { provider, outing, ask_from });
-            return Ok(waiting);
-        }
-        match provider.poll(&outing, from.now).await {
-            Ok(Polled::Done(external)) => {
-                let method = format!("oidc:{}", provider.settings.name);
-                self.vouched(cluster, &external, provider.settings.create_users, method, from).await
-            }
-            Ok(polled) => {
-                if matches!(polled, Polled::SlowDown) {
-                    // RFC 8628, section 3.5.
-                    outing.interval_s += 5;
-                }
-                let ask_from = from.now.plus_millis(outing.interval_s * 1000);
-                self.put_back(id, from, expires_at, State::Device { provider, outing, ask_from });
-                Ok(waiting)
-            }
-            Err(error) => Err(failed(&provider, &error)),
-        }
-    }
-
-    async fn vouched(
-        &self,
-        cluster: &Arc<Cluster>,
-        external: &External,
-        create: bool,
-        method: String,
-        from: From,
-    ) -> Result<LoginReply, Problem> {
-        let user = arrive::arrive(cluster, external, create, from.now).await?;
-        let proof = Proof { method, second_factor: false };
-        self.next(cluster, Who { user, proof }, false, from).await
     }
 
     /// What is needed next of somebody who has proved so much.
@@ -541,43 +379,8 @@ impl Logins {
 
     fn wait(&self, cluster: &Arc<Cluster>, from: From, state: State, needs: LoginNeed) -> LoginReply {
         let id = random(cluster);
-        self.put(id.clone(), from, WALK_MS, state);
+        self.walks.put(id.clone(), from, WALK_MS, state);
         LoginReply { session: None, login: Some(id), needs: Some(needs), device: None }
-    }
-
-    fn put(&self, id: String, from: From, life_ms: u64, state: State) {
-        self.put_back(&id, from, from.now.plus_millis(life_ms), state);
-    }
-
-    fn put_back(&self, id: &str, from: From, expires_at: Timestamp, state: State) {
-        let address = network_of(from.address);
-        let mut walks = self.walks.lock().unwrap_or_else(PoisonError::into_inner);
-        walks.retain(|_, walk| from.now < walk.expires_at);
-        let oldest = |walks: &HashMap<String, Walk>, of: Option<IpAddr>| {
-            let mine = walks.iter().filter(|(_, walk)| of.is_none_or(|of| walk.address == of));
-            mine.min_by_key(|(_, walk)| walk.expires_at).map(|(id, _)| id.clone())
-        };
-        let own = walks.values().filter(|walk| walk.address == address).count();
-        let first = match (own >= WALKS_PER_ADDRESS_MAX, walks.len() >= WALKS_MAX) {
-            (true, _) => oldest(&walks, Some(address)),
-            (false, true) => oldest(&walks, None),
-            (false, false) => None,
-        };
-        if let Some(first) = first {
-            walks.remove(&first);
-        }
-        walks.insert(id.to_owned(), Walk { address, expires_at, state });
-    }
-
-    /// Takes a walk away from everybody else; it is put back only by what goes on with it.
-    fn take(&self, id: &str, from: From) -> Result<Walk, Problem> {
-        let mut walks = self.walks.lock().unwrap_or_else(PoisonError::into_inner);
-        walks.retain(|_, walk| from.now < walk.expires_at);
-        let is_its_own = walks.get(id).is_some_and(|walk| walk.address == network_of(from.address));
-        if !is_its_own {
-            return Err(no_walk());
-        }
-        walks.remove(id).ok_or_else(no_walk)
     }
 }
 
@@ -621,7 +424,8 @@ pub fn save_lock(cluster: &Arc<Cluster>, user: &UserId) {
     });
 }
 
-fn user_of(cluster: &Arc<Cluster>, name: &str) -> Option<Arc<Row<User>>> {
+/// The user of this name.
+pub fn user_of(cluster: &Arc<Cluster>, name: &str) -> Option<Arc<Row<User>>> {
     let name: Name = name.parse().ok()?;
     let id = cluster.records.id_of(&UniqueName::in_cluster("user", &name))?;
     cluster.records.get::<User>(&id)
@@ -631,49 +435,8 @@ fn standing_user(cluster: &Arc<Cluster>, user: &UserId) -> Result<Arc<Row<User>>
     cluster.records.get::<User>(user.as_str()).filter(|user| !user.disabled).ok_or_else(wrong)
 }
 
-fn failed(provider: &Provider, error: &OidcError) -> Problem {
-    let (name, detail) = (&provider.settings.name, super::chain(error));
-    tracing::warn!(provider = %name, detail, "a login through a provider failed");
-    let code = match error {
-        OidcError::Https(_) | OidcError::Nonsense { .. } => ProblemCode::Unreachable,
-        OidcError::Missing(_) => ProblemCode::WrongState,
-        OidcError::Refused { .. } | OidcError::Token(_) => ProblemCode::Unauthenticated,
-    };
-    Problem::new(code, format!("provider {name} did not say who this is: {error}"))
-}
-
 fn random(cluster: &Arc<Cluster>) -> String {
     let mut bytes = [0; 32];
     cluster.entropy.fill(&mut bytes);
     URL_SAFE_NO_PAD.encode(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::SystemEntropy;
-
-    #[test]
-    fn a_flood_of_walks_takes_no_more_room_than_allowed_and_pushes_out_its_own_first() {
-        let logins = Logins::new(LoginSettings::default(), &SystemEntropy);
-        let now = Timestamp::from_millis(1_800_000_000_000);
-        let state = || {
-            let proof = Proof { method: "password".to_owned(), second_factor: false };
-            State::Code { who: Who { user: UserId::from_entropy([1; 10]), proof }, wrong: 0 }
-        };
-        let at = |address: [u8; 4]| From { address: address.into(), now };
-        logins.put("mine".to_owned(), at([192, 0, 2, 1]), WALK_MS, state());
-        for number in 0..10_000 {
-            logins.put(format!("flood-{number}"), at([198, 51, 100, 7]), WALK_MS, state());
-        }
-        assert_eq!(logins.walks.lock().expect("no panic").len(), WALKS_PER_ADDRESS_MAX + 1);
-        assert!(logins.take("mine", at([192, 0, 2, 1])).is_ok());
-        for number in 0..10_000u32 {
-            logins.put(format!("many-{number}"), at(number.to_be_bytes()), WALK_MS, state());
-        }
-        assert!(logins.walks.lock().expect("no panic").len() <= WALKS_MAX);
-        let later = From { now: now.plus_millis(WALK_MS), ..at([0, 0, 0, 1]) };
-        assert!(logins.take("many-1", later).is_err());
-        assert_eq!(logins.walks.lock().expect("no panic").len(), 0, "what is over is forgotten");
-    }
 }

@@ -7,7 +7,7 @@
 //! names one that is not known.
 //!
 //! Written on what the workspace has (hyper, rustls, ring) rather than on a crate; why stands in
-//! `docs/decisions/0006-openid-connect-by-hand.md`.
+//! `docs/decisions/0008-openid-connect-by-hand.md`.
 
 use std::sync::Arc;
 use std::time::Duration;

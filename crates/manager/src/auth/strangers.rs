@@ -14,6 +14,9 @@ use berth_model::Timestamp;
 /// Requests of strangers from one address that are each written down, in one window. Lower, and a health check each
 /// second is not all there; higher, and a hammering caller writes that many records a minute.
 pub const WRITTEN_MAX: u32 = 60;
+/// Steps of logins from one address in one window. Each is written down, so further ones are not taken: a login without
+/// a record would be one that nobody can find. Devices that wait for their users ask every few seconds.
+pub const LOGIN_STEPS_MAX: u32 = 600;
 /// How long a window is, in milliseconds.
 const WINDOW_MS: u64 = 60_000;
 /// Most addresses that are remembered; past it the old windows are forgotten.
@@ -33,6 +36,11 @@ struct Window {
 impl Strangers {
     /// Counts a request, and says whether it is still to be written down.
     pub fn came(&self, address: IpAddr, now: Timestamp) -> bool {
+        self.came_at_most(address, now, WRITTEN_MAX)
+    }
+
+    /// Counts a request, and says whether it is among the first so many in its window.
+    pub fn came_at_most(&self, address: IpAddr, now: Timestamp, most: u32) -> bool {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         if windows.len() >= ADDRESSES_MAX && !windows.contains_key(&address) {
             windows.retain(|_, window| now.millis_since(window.began_at) < WINDOW_MS);
@@ -45,7 +53,7 @@ impl Strangers {
             *window = Window { began_at: now, requests: 0 };
         }
         window.requests = window.requests.saturating_add(1);
-        window.requests <= WRITTEN_MAX
+        window.requests <= most
     }
 }
 

@@ -16,7 +16,8 @@ use super::reply::{self, Done, Rest};
 use super::{Gate, new_request_id, written};
 use crate::audit::{AuditError, End, Named, Open};
 use crate::auth::Principal;
-use crate::auth::strangers::Strangers;
+use crate::auth::lockout::network_of;
+use crate::auth::strangers::{LOGIN_STEPS_MAX, Strangers};
 use crate::policy::{Decision, Resource};
 
 /// Longest path that is written down, in characters.
@@ -60,13 +61,26 @@ impl Arrival {
         decision: &Decision,
     ) -> Result<Option<Open>, Problem> {
         let is_stranger = *principal == Principal::Anonymous;
-        if is_stranger && !self.is_worth_a_record(&self.gate.passing) {
+        if is_stranger && self.action == Action::Login {
+            self.limit_logins()?;
+        } else if is_stranger && !self.is_worth_a_record(&self.gate.passing) {
             return Ok(None);
         }
         let record = written::record(self, principal, resource, decision);
         let mut open = self.gate.audit.begin(record).await.map_err(unwritten)?;
         open.share(self.named.clone());
         Ok(Some(open))
+    }
+
+    fn limit_logins(&self) -> Result<(), Problem> {
+        let address = network_of(self.caller.remote.ip());
+        if self.gate.logging_in.came_at_most(address, self.started_at, LOGIN_STEPS_MAX) {
+            return Ok(());
+        }
+        Err(Problem::new(
+            ProblemCode::TooBusy,
+            "too many logins from this address in this minute: wait for the next",
+        ))
     }
 
     fn is_worth_a_record(&self, strangers: &Strangers) -> bool {

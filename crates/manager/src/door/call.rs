@@ -77,6 +77,11 @@ impl Ctx {
         Self { gate, principal, request_id, remote, approved, named: arrival.named.clone() }
     }
 
+    /// Notes in the record that the request is about this as well (`user:ada`).
+    pub fn about(&self, label: &str) {
+        self.named.add(label);
+    }
+
     /// The cluster.
     pub fn cluster(&self) -> &Arc<Cluster> {
         &self.gate.cluster

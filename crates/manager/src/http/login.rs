@@ -27,19 +27,34 @@ fn from(ctx: &Ctx) -> From {
     From { address: ctx.remote.ip(), now: ctx.now() }
 }
 
+/// The record says who has logged in, and which session came of it.
+fn noted(ctx: &Ctx, reply: LoginReply) -> LoginReply {
+    if let Some(new) = &reply.session {
+        ctx.about(&format!("user:{}", new.session.user_name));
+        ctx.about(&format!("token:{}", new.session.id));
+    }
+    reply
+}
+
 async fn ways(call: Call<LoginShow, TheCluster>) -> Result<Answer<LoginWays>, Problem> {
     Ok(Answer::new(call.ctx.cluster().logins.ways()))
 }
 
 async fn begin(call: Call<LoginBegin, TheCluster>) -> Result<Answer<LoginReply>, Problem> {
-    let cluster = call.ctx.cluster();
-    cluster.logins.begin(cluster, &call.input.body, from(&call.ctx)).await.map(Answer::new)
+    let (cluster, body) = (call.ctx.cluster(), &call.input.body);
+    // A name that nobody has may be a password in the wrong field: only names that somebody has are written down.
+    if body.directory.is_none() && login::user_of(cluster, &body.user).is_some() {
+        call.ctx.about(&format!("user:{}", body.user));
+    }
+    let reply = cluster.logins.begin(cluster, body, from(&call.ctx)).await?;
+    Ok(Answer::new(noted(&call.ctx, reply)))
 }
 
 async fn go_on(call: Call<LoginContinue, TheCluster>) -> Result<Answer<LoginReply>, Problem> {
     let cluster = call.ctx.cluster();
     let (id, answer) = (&call.input.path.login, &call.input.body);
-    cluster.logins.go_on(cluster, id, answer, from(&call.ctx)).await.map(Answer::new)
+    let reply = cluster.logins.go_on(cluster, id, answer, from(&call.ctx)).await?;
+    Ok(Answer::new(noted(&call.ctx, reply)))
 }
 
 async fn begin_device(call: Call<OidcDevice, TheCluster>) -> Result<Answer<LoginReply>, Problem> {
@@ -67,6 +82,7 @@ async fn finish_browser(call: Call<OidcCallback, TheCluster>) -> Result<Done, Pr
     let (name, back) = (&call.input.path.provider, &call.input.query);
     let reply =
         cluster.logins.finish_browser(cluster, name, back, cookie.as_deref(), from(&call.ctx)).await?;
+    let reply = noted(&call.ctx, reply);
     let json = serde_json::to_vec(&reply).expect("replies of the contract are plain data");
     let mut response = Response::new(Body::from(json));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -217,6 +217,32 @@ async fn passwords_codes_and_sessions_are_nowhere_in_the_store_or_the_audit() {
 }
 
 #[tokio::test]
+async fn the_audit_says_who_logged_in_and_no_login_is_without_a_record() {
+    let fixture = Fixture::new().await;
+    settle(&fixture, "ada").await;
+    login(&fixture, HOME, "ada", "wrong password").await;
+    login(&fixture, HOME, "a password in the wrong field", "x").await;
+    let session = login(&fixture, HOME, "ada", CHOSEN).await.json();
+    let records = fixture.audit().await;
+    let text: Vec<String> = records.iter().rev().take(3).map(|record| format!("{record:?}")).collect();
+    assert!(
+        text[0].contains("user:ada")
+            && text[0].contains(session["session"]["session"]["id"].as_str().expect("an id")),
+        "{}",
+        text[0]
+    );
+    assert!(!text[1].contains("wrong field") && text[2].contains("user:ada"), "{text:?}");
+
+    let before = records.len();
+    let mut taken = 0;
+    for _ in 0..700 {
+        let got = from(&fixture, AWAY, "GET", "/v1/login", None, json!(null)).await;
+        taken += usize::from(got.status == 200);
+    }
+    assert_eq!((taken, fixture.audit().await.len() - before), (600, 600));
+}
+
+#[tokio::test]
 async fn a_deleted_user_leaves_nothing_to_log_in_with() {
     let fixture = Fixture::new().await;
     let (session, _, _) = settle_with_codes(&fixture, "ada").await;
