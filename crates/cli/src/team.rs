@@ -5,6 +5,7 @@ use berth_api::manager::{
     CreateTeam, ExternalGroup, PageQuery, Team, TeamCreate, TeamDelete, TeamList, TeamPath, TeamShow,
     TeamUpdate, UpdateTeam,
 };
+use berth_model::ProblemCode;
 use berth_model::access::Action;
 use berth_model::name::Name;
 use clap::{Args, Subcommand};
@@ -142,12 +143,26 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
 }
 
 async fn find(session: &Session, team: &str) -> Result<Team, Failure> {
-    session.ask::<TeamShow>(&TeamPath { team: team.to_owned() }, &Nothing {}).await
+    let asked = session.ask::<TeamShow>(&TeamPath { team: team.to_owned() }, &Nothing {}).await;
+    let is_refused =
+        |failure: &Failure| failure.problem().is_some_and(|problem| problem.code == ProblemCode::NotAllowed);
+    if asked.as_ref().is_err_and(is_refused) {
+        // One's own teams are in the list, also for who may see no others.
+        let is_meant = |one: &Team| one.name.as_str() == team || one.id.as_str() == team;
+        if let Some(own) = teams(session, None).await.ok().and_then(|all| all.into_iter().find(is_meant)) {
+            return Ok(own);
+        }
+    }
+    asked
+}
+
+async fn teams(session: &Session, limit: Option<u32>) -> Result<Vec<Team>, Failure> {
+    let query = |limit, cursor| PageQuery { limit, cursor };
+    session.pages::<TeamList, _>(&Nothing {}, limit, query).await
 }
 
 async fn list(session: &Session, limit: Option<u32>) -> Result<(), Failure> {
-    let query = |limit, cursor| PageQuery { limit, cursor };
-    let teams: Vec<Team> = session.pages::<TeamList, _>(&Nothing {}, limit, query).await?;
+    let teams = teams(session, limit).await?;
     let needs_names = teams.iter().any(|team| team.parent.is_some());
     let names = if needs_names { Names::of_teams(session).await } else { Names::default() };
     session.output.list(&teams, || {
@@ -212,7 +227,7 @@ async fn update(session: &Session, arguments: UpdateArguments) -> Result<(), Fai
     }
     let path = TeamPath { team: arguments.team };
     if arguments.dry_run.dry_run {
-        let found = session.ask::<TeamShow>(&path, &Nothing {}).await?;
+        let found = find(session, &path.team).await?;
         let summary =
             format!("would change team {}, if you hold yourself what this would give others", found.name);
         return session.would(Action::TeamManage, None, &summary).await;
@@ -236,7 +251,8 @@ async fn update(session: &Session, arguments: UpdateArguments) -> Result<(), Fai
 mod tests {
     use super::*;
     use crate::fake::Fake;
-    use berth_model::Problem;
+    use berth_api::manager::Page;
+    use berth_model::{Problem, TeamId, Timestamp};
 
     #[test]
     fn groups_are_read_whatever_they_are_called() {
@@ -263,5 +279,25 @@ mod tests {
         let failure = run(&fake.session(), Verb::Create(wish)).await.expect_err("refused");
         let text = crate::exit::text(&failure, crate::output::Format::Table).expect("a problem");
         assert_eq!(text, "error: --member is 'eve': expected a user");
+    }
+    #[tokio::test]
+    async fn one_s_own_team_is_shown_to_who_may_see_no_others() {
+        let team = Team {
+            id: TeamId::from_entropy([1; 10]),
+            name: "ledger".parse().expect("a name"),
+            parent: None,
+            members: Vec::new(),
+            external_groups: Vec::new(),
+            created_at: Timestamp::from_millis(1_795_352_752_007),
+        };
+        let no = Problem::new(ProblemCode::NotAllowed, "no");
+        let fake = Fake::new()
+            .refuse("GET /v1/teams/ledger", &no)
+            .refuse("GET /v1/teams/builders", &no)
+            .refuse("GET /v1/users", &no)
+            .answer("GET /v1/teams", &Page { items: vec![team], next_cursor: None });
+        run(&fake.session(), Verb::Show { team: "ledger".to_owned() }).await.expect("its own");
+        let other = run(&fake.session(), Verb::Show { team: "builders".to_owned() }).await;
+        assert_eq!(other.expect_err("another's").code(), 3);
     }
 }
