@@ -247,6 +247,9 @@ where
     };
     let mut approved = false;
     let mut decision = gate.policies.decide(&principal, E::ACTION, &resource, false);
+    if decision.failed {
+        gate.metrics.policy_failed();
+    }
     if let (Some(about), Ok(input), Ok(_), Principal::User(user)) =
         (&decision.needs_approval, &input, &located, &principal)
     {

@@ -54,6 +54,7 @@ pub struct Metrics {
     pauses: Histogram,
     restores: Histogram,
     requests: Family<RequestLabels, Counter<u64, AtomicU64>>,
+    policy_failures: Counter,
 }
 
 impl Default for Metrics {
@@ -79,6 +80,7 @@ impl Metrics {
             pauses: instants(),
             restores: instants(),
             requests: Family::default(),
+            policy_failures: Counter::default(),
             registry: Registry::default(),
         };
         registry.register("vms", "VMs by state", metrics.vms.clone());
@@ -104,6 +106,11 @@ impl Metrics {
             "From the command to restore to the guest running",
             metrics.restores.clone(),
         );
+        registry.register(
+            "policy_failures",
+            "Access decisions that failed and were taken as denials: a written policy is wrong",
+            metrics.policy_failures.clone(),
+        );
         registry.register("http_requests", "Requests that were answered", metrics.requests.clone());
         Self { registry, ..metrics }
     }
@@ -111,6 +118,11 @@ impl Metrics {
     /// Counts a request that was answered.
     pub fn answered(&self, endpoint: &'static str, status: u16) {
         self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+    }
+
+    /// Counts an access decision that failed.
+    pub fn policy_failed(&self) {
+        self.policy_failures.inc();
     }
 
     /// Counts an operation that is over.

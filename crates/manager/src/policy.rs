@@ -19,7 +19,6 @@ use berth_model::{TeamId, Timestamp};
 
 use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
-use crate::records::Row;
 
 pub mod book;
 pub mod engine;
@@ -51,6 +50,8 @@ pub struct Decision {
     pub by: Vec<String>,
     /// SHA-256 of all that could have decided, in hexadecimal.
     pub policy_hash: String,
+    /// A policy failed: that is why it is not allowed, and somebody has to look.
+    pub failed: bool,
     /// It would be allowed if a second person approved: what that is about.
     pub needs_approval: Option<String>,
 }
@@ -134,7 +135,7 @@ impl Policies {
                 alarm = "policy-failed",
                 "an access decision failed and was taken as a denial"
             );
-            Decision::denied(FAILED)
+            Decision { failed: true, ..Decision::denied(FAILED) }
         })
     }
 
@@ -150,11 +151,11 @@ impl Policies {
         if let Some(reason) = self.outside_scope(&book, principal, action, resource) {
             return Ok(Decision { policy_hash, ..Decision::denied(&reason) });
         }
-        let (slice, now) = (self.slice(&book, principal)?, self.cluster.clock.now());
+        let (slice, now) = (self.slice(&book, principal), self.cluster.clock.now());
         let teams = slice.as_ref().map(|slice| slice.teams.as_slice()).unwrap_or_default();
-        let set = slice.as_ref().map_or(&book.everybody, |slice| &slice.set);
+        let set = book.set_for(slice.as_deref(), action)?;
         let mut question = Question { principal, teams, action, resource, approved, now };
-        let Some(verdict) = self.engine.ask(set, &question)? else {
+        let Some(verdict) = self.engine.ask(&set, &question)? else {
             return Ok(Decision {
                 policy_hash,
                 ..Decision::denied(&self.misasked(principal, action, resource))
@@ -163,40 +164,34 @@ impl Policies {
         let needs_approval = match (verdict.allowed, approved) {
             (false, false) if verdict.by.iter().any(|id| approval_text(&book, id).is_some()) => {
                 question.approved = true;
-                let then = self.engine.ask(set, &question)?;
+                let then = self.engine.ask(&set, &question)?;
                 let texts = verdict.by.iter().filter_map(|id| approval_text(&book, id));
                 then.is_some_and(|then| then.allowed).then(|| texts.collect::<Vec<_>>().join("; "))
             }
             _ => None,
         };
         let reason = self.reason(&book, &verdict);
-        Ok(Decision { allowed: verdict.allowed, reason, by: verdict.by, policy_hash, needs_approval })
+        Ok(Decision {
+            allowed: verdict.allowed,
+            reason,
+            by: verdict.by,
+            policy_hash,
+            failed: false,
+            needs_approval,
+        })
     }
 
     /// The caller's slice of the book; none for who is no user.
-    ///
-    /// # Errors
-    /// As [`Self::book`].
-    pub fn slice(&self, book: &Book, principal: &Principal) -> Result<Option<Arc<Slice>>, PolicyError> {
-        let Principal::User(user) = principal else { return Ok(None) };
-        match self.cluster.records.get::<User>(user.id.as_str()) {
-            Some(row) => self.slice_of(book, &row).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    /// A user's slice of the book.
-    ///
-    /// # Errors
-    /// As [`Self::book`].
-    pub fn slice_of(&self, book: &Book, user: &Row<User>) -> Result<Arc<Slice>, PolicyError> {
-        book.slice(user)
+    pub fn slice(&self, book: &Book, principal: &Principal) -> Option<Arc<Slice>> {
+        let Principal::User(user) = principal else { return None };
+        self.cluster.records.get::<User>(user.id.as_str()).map(|row| book.slice(&row))
     }
 
     /// The names of the teams that a user is in, directly or not.
     pub fn teams_of(&self, user: &UserPrincipal) -> Vec<TeamId> {
-        let slice = self.book().and_then(|book| self.slice(&book, &Principal::User(user.clone())));
-        slice.ok().flatten().map(|slice| slice.teams.clone()).unwrap_or_default()
+        let Ok(book) = self.book() else { return Vec::new() };
+        let row = self.cluster.records.get::<User>(user.id.as_str());
+        row.map(|row| book.slice(&row).teams.clone()).unwrap_or_default()
     }
 
     /// What would allow something, in a sentence, for who may know that the thing is there.

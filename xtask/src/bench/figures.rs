@@ -7,10 +7,35 @@ use serde_json::{Map, Value, json};
 pub struct Bar {
     /// The figure's name.
     pub name: &'static str,
-    /// The most that its median may be.
-    pub most: f64,
+    /// What its median must keep to.
+    pub bound: Bound,
     /// What it is.
     pub meaning: &'static str,
+}
+
+/// A bound of a figure.
+#[derive(Debug, Clone, Copy)]
+pub enum Bound {
+    /// At most so much.
+    Most(f64),
+    /// At least so much.
+    Least(f64),
+}
+
+impl Bound {
+    fn holds(self, figure: f64) -> bool {
+        match self {
+            Self::Most(most) => figure <= most,
+            Self::Least(least) => figure >= least,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::Most(most) => short(most),
+            Self::Least(least) => format!(">={}", short(least)),
+        }
+    }
 }
 
 /// One thing measured several times.
@@ -132,18 +157,18 @@ impl Figures {
                 "{name:<24} {:>9} {:>9} {:>7}  {:<6} {}",
                 "-",
                 "-",
-                short(bar.most),
+                bar.bound.text(),
                 "none",
                 bar.meaning
             );
         };
         let (middle, worst) = (median(&row.samples), worst(&row.samples));
-        let verdict = if middle > bar.most { "MISSED" } else { "pass" };
+        let verdict = if bar.bound.holds(middle) { "pass" } else { "MISSED" };
         let peer = self.best_peer(name).map_or_else(String::new, |peer| {
             let (middle, worst) = (short(median(&peer.samples)), short(self::worst(&peer.samples)));
             format!("{middle} ({worst}) {}", peer.peer.as_deref().unwrap_or_default())
         });
-        let (middle, worst, most) = (short(middle), short(worst), short(bar.most));
+        let (middle, worst, most) = (short(middle), short(worst), bar.bound.text());
         format!("{name:<24} {middle:>9} {worst:>9} {most:>7}  {verdict:<6} {peer}").trim_end().to_owned()
     }
 }
@@ -209,11 +234,11 @@ mod tests {
     #[test]
     fn a_median_above_the_bar_is_called_missed_and_what_was_not_taken_none() {
         let mut figures = Figures::default();
-        let bar = Bar { name: "pause_ms", most: 5.0, meaning: "" };
+        let bar = Bar { name: "pause_ms", bound: Bound::Most(5.0), meaning: "" };
         assert!(figures.line(&bar).contains("none"));
         figures.add("pause_ms", "", &[5.0, 5.0, 60.0]);
         assert!(figures.line(&bar).contains("pass"));
-        let bar = Bar { most: 4.9, ..bar };
+        let bar = Bar { bound: Bound::Most(4.9), ..bar };
         assert!(figures.line(&bar).contains("MISSED"));
     }
 }

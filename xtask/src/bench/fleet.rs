@@ -66,18 +66,7 @@ pub fn resident_mb(pid: u32) -> Result<(f64, f64)> {
 /// # Errors
 /// When it fails or says no figure.
 pub fn list(figures: &mut Figures) -> Result<()> {
-    let example = guest_probe::image::workspace().join("crates/sim/examples/vm_list.rs");
-    if !example.exists() {
-        println!("   left out: the simulated cluster has no such example here");
-        return Ok(());
-    }
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let words = ["run", "--release", "--quiet", "--package", "berth-sim", "--example", "vm_list"];
-    let output = Command::new(cargo).args(words).output().context("cargo can't be started")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        bail!("the example failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
+    let text = example("berth-sim", "vm_list")?;
     text.lines().for_each(|line| println!("   {line}"));
     let said = |name: &str| text.lines().find_map(|line| figure_in(line, name));
     figures.add(
@@ -91,8 +80,22 @@ pub fn list(figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
+/// Runs an example of one of the crates, built for release; what it printed.
+///
+/// # Errors
+/// When it fails.
+pub fn example(package: &str, name: &str) -> Result<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let words = ["run", "--release", "--quiet", "--package", package, "--example", name];
+    let output = Command::new(cargo).args(words).output().context("cargo can't be started")?;
+    if !output.status.success() {
+        bail!("the example {name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// The number that follows a name on a line, whatever stands between.
-fn figure_in(line: &str, name: &str) -> Option<f64> {
+pub fn figure_in(line: &str, name: &str) -> Option<f64> {
     let rest = &line[line.find(name)? + name.len()..];
     let rest = rest.trim_start_matches(|letter: char| !letter.is_ascii_digit());
     let end = rest.find(|letter: char| !letter.is_ascii_digit() && letter != '.').unwrap_or(rest.len());

@@ -67,7 +67,7 @@ async fn what_can(call: Call<WhatCan, TheCluster>) -> Result<Answer<Page<Holding
     let row = asked_about(ctx, call.input.query.user.as_deref())?;
     let policies = &ctx.gate().policies;
     let book = policies.book().map_err(failed)?;
-    let slice = policies.slice_of(&book, &row).map_err(failed)?;
+    let slice = book.slice(&row);
     let items = holdings(ctx, &book, &slice);
     Ok(Answer::new(Page { items, next_cursor: None }))
 }

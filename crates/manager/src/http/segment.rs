@@ -16,6 +16,7 @@ use crate::cluster::Cluster;
 use crate::door::target::{Around, TheList, TheSegment, segment_resource};
 use crate::door::{Answer, Call, Door};
 use crate::operations::OperationRow;
+use crate::policy::Resource;
 use crate::policy::book::DEPTH_MAX;
 use crate::quota;
 use crate::records::{Record, RecordsError, Transaction, UniqueName};
@@ -98,6 +99,14 @@ async fn update(call: Call<SegmentUpdate, TheSegment>) -> Result<Answer<Segment>
     // Quotas are compared with sums, and a name with what is on its way.
     let _deciding = cluster.deciding().await;
     let row = cluster.records.require::<Segment>(&call.target.0.id)?;
+    if wish.quota.is_some_and(|quota| quota != row.quota) {
+        // Whoever may do everything in a segment must not lift its bounds: they are set from around it.
+        let around = match &row.parent {
+            Some(parent) => segment_resource(cluster, parent),
+            None => Resource::cluster(),
+        };
+        call.ctx.require(Action::SegmentConfigure, &around)?;
+    }
     let mut segment = row.value.clone();
     let mut transaction = Transaction::new();
     if let Some(name) = wish.name.clone().filter(|name| *name != row.name) {

@@ -184,37 +184,47 @@ impl Engine {
             .ok_or_else(|| PolicyError::new(format_args!("no action {}", action.as_str())))
     }
 
+    /// The caller, the thing and the action, each with all that it is in, however far above: so nothing has to be
+    /// looked up in between.
     fn entities(&self, question: &Question<'_>, schema: Option<&Schema>) -> Result<Entities, PolicyError> {
-        let mut parts: HashMap<EntityUid, Parts> = HashMap::new();
-        let (kind, id) = principal_entity(question.principal);
-        let mut above = HashSet::new();
-        for team in question.teams {
-            let team = self.uid("Team", team.as_str())?;
-            parts.entry(team.clone()).or_default();
-            above.insert(team);
-        }
-        if let Principal::Host(host) = question.principal {
-            above.insert(self.uid("Host", host.as_str())?);
-        }
-        parts.entry(self.uid(kind, id)?).or_default().parents.extend(above);
-        let mut next = Some(question.resource);
+        let resource = question.resource;
+        let (principal_uid, mut above) = self.principal_entity(question)?;
+        let resource_uid = self.uid(resource.kind.cedar_type(), &resource.id)?;
+        let mut around = HashSet::new();
+        let mut next = resource.parent.as_deref();
         while let Some(thing) = next {
-            let above = thing.parent.as_deref();
-            let uid = self.uid(thing.kind.cedar_type(), &thing.id)?;
-            let above_uid = above.map(|above| self.uid(above.kind.cedar_type(), &above.id)).transpose()?;
-            let slot = parts.entry(uid).or_default();
-            slot.parents.extend(above_uid);
-            slot.attributes = thing.attributes.iter().map(|(name, value)| expression(name, value)).collect();
-            next = above;
+            around.insert(self.uid(thing.kind.cedar_type(), &thing.id)?);
+            next = thing.parent.as_deref();
         }
-        let mut entities = Vec::with_capacity(parts.len() + 2);
-        for (uid, part) in parts {
-            entities.push(Entity::new(uid, part.attributes, part.parents).map_err(PolicyError::new)?);
+        let attributes = resource.attributes.iter().map(|(name, value)| expression(name, value)).collect();
+        let mut entities = Vec::with_capacity(4);
+        if principal_uid == resource_uid {
+            // Somebody acts on itself: one entity is both.
+            around.extend(std::mem::take(&mut above));
+        } else {
+            entities.push(Entity::new_no_attrs(principal_uid, above));
         }
+        entities.push(Entity::new(resource_uid, attributes, around).map_err(PolicyError::new)?);
         if schema.is_none() {
             entities.extend(self.action(question.action)?.1.iter().cloned());
         }
         Entities::from_entities(entities, schema).map_err(PolicyError::new)
+    }
+
+    /// The caller, and all that it is in.
+    fn principal_entity(
+        &self,
+        question: &Question<'_>,
+    ) -> Result<(EntityUid, HashSet<EntityUid>), PolicyError> {
+        let (kind, id) = principal_entity(question.principal);
+        let mut above = HashSet::with_capacity(question.teams.len() + 1);
+        for team in question.teams {
+            above.insert(self.uid("Team", team.as_str())?);
+        }
+        if let Principal::Host(host) = question.principal {
+            above.insert(self.uid("Host", host.as_str())?);
+        }
+        Ok((self.uid(kind, id)?, above))
     }
 
     pub(super) fn uid(&self, kind: &str, id: &str) -> Result<EntityUid, PolicyError> {
@@ -222,12 +232,6 @@ impl Engine {
             self.types.get(kind).ok_or_else(|| PolicyError::new(format_args!("no entity type {kind}")))?;
         Ok(EntityUid::from_type_name_and_id(name.clone(), EntityId::new(id)))
     }
-}
-
-#[derive(Default)]
-struct Parts {
-    parents: HashSet<EntityUid>,
-    attributes: HashMap<String, RestrictedExpression>,
 }
 
 fn expression(name: &str, value: &Attribute) -> (String, RestrictedExpression) {
@@ -297,7 +301,8 @@ fn action_entities(schema: &Schema) -> Result<HashMap<Action, (EntityUid, Vec<En
     let mut actions = HashMap::new();
     for action in Action::ALL {
         if let (Some(entity), Some(group)) = (find(action.as_str()), find(action.group().as_str())) {
-            actions.insert(*action, (entity.uid(), vec![entity.clone(), group.clone()]));
+            let above = HashSet::from([group.uid()]);
+            actions.insert(*action, (entity.uid(), vec![Entity::new_no_attrs(entity.uid(), above)]));
         }
     }
     Ok(actions)

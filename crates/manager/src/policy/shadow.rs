@@ -88,16 +88,16 @@ impl Policies {
         let mut sets = HashMap::new();
         for asked in self.recent.all() {
             decisions += asked.times;
-            let slice = self.slice(&book, &asked.principal)?;
+            let slice = self.slice(&book, &asked.principal);
             let key = match &asked.principal {
-                Principal::User(user) => user.id.to_string(),
-                _ => String::new(),
+                Principal::User(user) => (user.id.to_string(), asked.action),
+                _ => (String::new(), asked.action),
             };
             let (with, without) = match sets.entry(key) {
                 std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
                 std::collections::hash_map::Entry::Vacant(free) => free.insert((
-                    book.set_with(slice.as_deref(), policy.id.as_str(), &parts)?,
-                    book.set_with(slice.as_deref(), policy.id.as_str(), &[])?,
+                    book.set_with(slice.as_deref(), asked.action, policy.id.as_str(), &parts)?,
+                    book.set_with(slice.as_deref(), asked.action, policy.id.as_str(), &[])?,
                 )),
             };
             let question = Question {

@@ -44,7 +44,7 @@ async fn what_is_handed_to_cedar_fits_the_schema() {
     let policies = &fixture.manager.gate().policies;
     let principal = admin(&fixture);
     let book = policies.book().expect("a book");
-    let slice = policies.slice(&book, &principal).expect("a slice").expect("a user's");
+    let slice = policies.slice(&book, &principal).expect("a user's");
     let now = fixture.cluster().clock.now();
     for action in Action::ALL {
         for kind in policies.engine().kinds_for(&principal, *action) {

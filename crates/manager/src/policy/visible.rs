@@ -78,7 +78,7 @@ impl Policies {
     fn reach(&self, principal: &Principal, action: Action) -> Result<(Reach, bool), PolicyError> {
         let book = self.book()?;
         let nothing = Reach::Segments(HashSet::new());
-        let Some(slice) = self.slice(&book, principal)? else { return Ok((nothing, false)) };
+        let Some(slice) = self.slice(&book, principal) else { return Ok((nothing, false)) };
         let scope = match principal {
             Principal::User(UserPrincipal { scope, .. }) => scope.as_ref(),
             _ => None,
