@@ -13,7 +13,7 @@ use crate::lookup::VmRef;
 use crate::names::Names;
 use crate::output::{Facts, NOTHING, Table, instant, or_nothing};
 use crate::session::Session;
-use crate::token;
+use crate::{role, token};
 
 /// What to ask.
 #[derive(Debug, Args)]
@@ -157,7 +157,7 @@ fn holdings(items: &[Holding]) -> Table {
             through.unwrap_or_else(|| "itself".to_owned()),
             or_nothing(holding.until.map(instant)),
             holding.grant.to_string(),
-            holding.actions.len().to_string(),
+            role::actions_in_words(&holding.actions),
         ]
     })
 }

@@ -193,9 +193,26 @@ fn of_group(actions: &[Action], group: ActionGroup) -> Vec<&'static str> {
     actions.iter().filter(|action| action.group() == group).map(|action| action.as_str()).collect()
 }
 
+/// Actions in a cell: whole groups by their name, others one by one.
+pub fn actions_in_words(actions: &[Action]) -> String {
+    let words = ActionGroup::GRANTABLE.iter().flat_map(|group| {
+        let (all, held) = (of_group(Action::ALL, *group), of_group(actions, *group));
+        if held.len() == all.len() { vec![group.as_str()] } else { held }
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_groups_are_called_by_their_name() {
+        let operator = berth_model::access::built_in_role("operator").expect("there");
+        let actions: Vec<Action> = operator.actions().chain([Action::VmConsole]).collect();
+        assert_eq!(actions_in_words(&actions), "view, operate, vm.console");
+        assert_eq!(actions_in_words(&[Action::VmStart, Action::VmView]), "vm.view, vm.start");
+    }
 
     #[test]
     fn a_role_is_shown_group_by_group() {

@@ -31,7 +31,7 @@ pub enum Verb {
     },
     /// Make a segment
     Create(Box<CreateArguments>),
-    /// Rename a segment, or set its quota; what is not named stays
+    /// Rename a segment, or set its quota; what is not named stays. Quotas are set by who may so around the segment
     Update(Box<UpdateArguments>),
     /// Delete an empty segment
     Delete {
@@ -141,10 +141,12 @@ async fn update(session: &Session, arguments: UpdateArguments) -> Result<(), Fai
     let found = show(session, &segment).await?.segment;
     let then = quota.onto(found.quota);
     if dry_run.dry_run {
-        let name = rename.as_ref().unwrap_or(&found.name);
-        let summary =
-            format!("would have segment {} be called {name}, with {}", found.name, quota::sentence(&then));
-        return session.would(Action::SegmentConfigure, Some(found.id.as_str()), &summary).await;
+        let called = rename.as_ref().map(|name| format!("be called {name} and ")).unwrap_or_default();
+        let summary = format!("would have segment {} {called}have {}", found.name, quota::sentence(&then));
+        // Bounds are set from around a segment, so that nobody lifts its own.
+        let place = if quota.is_empty() { Some(&found.id) } else { found.parent.as_ref() };
+        let place = place.map(|segment| segment.as_str());
+        return session.would(Action::SegmentConfigure, place, &summary).await;
     }
     let wish = UpdateSegment { name: rename, quota: (!quota.is_empty()).then_some(then) };
     let path = SegmentPath { segment: found.id.to_string() };

@@ -14,6 +14,7 @@ use crate::exit::Failure;
 use crate::names::Names;
 use crate::options::named;
 use crate::output::{Table, instant, or_nothing, word};
+use crate::role::actions_in_words;
 use crate::session::Session;
 use crate::units;
 
@@ -132,16 +133,9 @@ fn table(tokens: &[Token], users: &Names, segments: &Names) -> Table {
 
 /// What a token may be used for, in a cell.
 pub fn scope_in_words(scope: &Scope, segments: &Names) -> String {
-    /// More than so many are told by their number.
-    const NAMED_MAX: usize = 4;
     let grantable = Action::ALL.iter().filter(|action| action.is_grantable()).count();
-    let actions = match scope.actions.len() {
-        all if all == grantable => "everything".to_owned(),
-        few if few <= NAMED_MAX => {
-            scope.actions.iter().map(|action| action.as_str()).collect::<Vec<_>>().join(",")
-        }
-        many => format!("{many} actions"),
-    };
+    let is_all = scope.actions.len() == grantable;
+    let actions = if is_all { "everything".to_owned() } else { actions_in_words(&scope.actions) };
     let place = scope.segment.as_ref().map(|segment| format!(" in {}", segments.of(segment)));
     format!("{actions}{}", place.unwrap_or_default())
 }
@@ -180,7 +174,7 @@ mod tests {
     #[test]
     fn a_scope_is_told_in_a_cell() {
         let scope = Scope { actions: vec![Action::VmView, Action::VmStart], segment: None };
-        assert_eq!(scope_in_words(&scope, &Names::default()), "vm.view,vm.start");
+        assert_eq!(scope_in_words(&scope, &Names::default()), "vm.view, vm.start");
         let all = Action::ALL.iter().copied().filter(|action| action.is_grantable()).collect();
         assert_eq!(scope_in_words(&Scope { actions: all, segment: None }, &Names::default()), "everything");
     }
