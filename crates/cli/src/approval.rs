@@ -12,13 +12,14 @@ use crate::arguments::DryRunArguments;
 use crate::exit::Failure;
 use crate::output::{Facts, Table, instant, or_nothing, word};
 use crate::session::Session;
+use crate::units;
 
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// List what waits, or is approved and not used yet: your own requests, and what you may decide
     List {
-        /// Also what was denied or used
+        /// Also what was denied or used, or has expired
         #[arg(long)]
         all: bool,
         /// At most so many; all without it
@@ -68,8 +69,15 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
     }
 }
 
-const fn is_open(approval: &Approval) -> bool {
-    matches!(approval.state, ApprovalState::Pending | ApprovalState::Approved)
+fn is_open(approval: &Approval) -> bool {
+    let is_undone = matches!(approval.state, ApprovalState::Pending | ApprovalState::Approved);
+    is_undone && units::now() < approval.expires_at
+}
+
+/// How it stands, in a word.
+fn state(approval: &Approval) -> String {
+    let is_undone = matches!(approval.state, ApprovalState::Pending | ApprovalState::Approved);
+    if is_undone && !is_open(approval) { "expired".to_owned() } else { word(&approval.state) }
 }
 
 async fn list(session: &Session, limit: Option<u32>) -> Result<Vec<Approval>, Failure> {
@@ -118,6 +126,9 @@ async fn would(session: &Session, id: &ApprovalId, verb: &str) -> Result<(), Fai
 /// What whoever asked does next.
 pub fn what_next(approval: &Approval) -> String {
     let (id, expires) = (&approval.id, instant(approval.expires_at));
+    if state(approval) == "expired" {
+        return "it has expired: make the request again, and it is put up anew".to_owned();
+    }
     match (approval.state, &approval.grant) {
         (ApprovalState::Pending, None) => {
             format!(
@@ -140,7 +151,7 @@ fn table(approvals: &[Approval]) -> Table {
     Table::of(headers, approvals, |approval| {
         [
             approval.id.to_string(),
-            word(&approval.state),
+            state(approval),
             approval.requester.to_string(),
             what(approval),
             approval.resource.clone(),
@@ -161,7 +172,7 @@ fn what(approval: &Approval) -> String {
 fn facts(approval: &Approval) -> Facts {
     Facts::new()
         .with("id", &approval.id)
-        .with("state", word(&approval.state))
+        .with("state", state(approval))
         .with("who", &approval.requester)
         .with("what", what(approval))
         .with("about", &approval.resource)
@@ -196,17 +207,19 @@ mod tests {
             state,
             decided_by: None,
             created_at: Timestamp::from_millis(1_795_352_752_007),
-            expires_at: Timestamp::from_millis(1_795_439_152_007),
+            expires_at: Timestamp::from_millis(4_102_444_800_000),
         }
     }
 
     #[tokio::test]
     async fn what_is_over_is_listed_only_on_demand() {
+        let expired = Approval { expires_at: Timestamp::default(), ..approval(ApprovalState::Pending) };
+        assert_eq!(state(&expired), "expired");
         let page = Page {
-            items: vec![approval(ApprovalState::Used), approval(ApprovalState::Pending)],
+            items: vec![approval(ApprovalState::Used), approval(ApprovalState::Pending), expired],
             next_cursor: None,
         };
-        for (all, lines) in [(false, 2), (true, 3)] {
+        for (all, lines) in [(false, 2), (true, 4)] {
             let fake = Fake::new().answer("GET /v1/approvals", &page);
             run(&fake.session(), Verb::List { all, limit: None }).await.expect("listed");
             assert_eq!(fake.said().lines().count(), lines);
@@ -220,7 +233,7 @@ mod tests {
         let fake = Fake::new().answer(&route, &decided);
         let which = Which { approval: decided.id.clone(), dry_run: DryRunArguments::default() };
         run(&fake.session(), Verb::Approve(which)).await.expect("approved");
-        let expected = "approved: ada may make the same request again, once, until 2026-11-23 13:05:52Z\n";
+        let expected = "approved: ada may make the same request again, once, until 2100-01-01 00:00:00Z\n";
         assert_eq!(fake.said(), expected);
     }
 

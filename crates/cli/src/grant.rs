@@ -1,7 +1,5 @@
 //! `berth grant`: who has which role where, and until when.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{
     CreateGrant, Grant, GrantCreate, GrantDelete, GrantList, GrantListQuery, GrantPath, GrantRequest,
@@ -206,16 +204,11 @@ async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Fai
             format!("would give {who} role {role} in {place}, if you hold yourself all that it allows");
         return session.would(Action::GrantManage, segment.as_deref(), &summary).await;
     }
-    let until = until.or_else(|| for_s.map(|seconds| now().plus_millis(seconds.saturating_mul(1000))));
+    let until = until.or_else(|| for_s.map(|seconds| units::now().plus_millis(seconds.saturating_mul(1000))));
     let wish = CreateGrant { team, user, role, segment, until, note };
     let made = named(session.send::<GrantCreate>(&Nothing {}, &Nothing {}, &wish).await, OPTIONS)?;
     let names = GrantNames::load(session).await;
     session.output.done(&made, || format!("{}: {}", made.id, names.sentence(&made)))
-}
-
-fn now() -> Timestamp {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 async fn request(session: &Session, arguments: RequestArguments) -> Result<(), Failure> {

@@ -40,7 +40,10 @@ fn the_table_of_roles_and_actions_is_what_the_roles_are() {
         std::fs::write(&path, format!("{head}{BEGIN}{right}{END}{tail}")).expect("written");
         return;
     }
-    assert!(there == right, "docs/permissions.md has another table than the roles: run this with BERTH_BLESS=1");
+    assert!(
+        there == right,
+        "docs/permissions.md has another table than the roles: run this with BERTH_BLESS=1"
+    );
 }
 
 #[test]
