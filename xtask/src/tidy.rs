@@ -26,9 +26,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("berth-model", &[]),
     ("berth-api", &["berth-model"]),
     ("berth-store", &["berth-model"]),
+    ("berth-tlog", &[]),
     ("berth-agent", &["berth-qmp", "berth-stream", "berth-model", "berth-api"]),
-    ("berth-manager", &["berth-model", "berth-api", "berth-store"]),
-    ("berth-cli", &["berth-api", "berth-model", "berth-manager", "berth-agent"]),
+    ("berth-manager", &["berth-model", "berth-api", "berth-store", "berth-tlog"]),
+    ("berth-cli", &["berth-api", "berth-model", "berth-manager", "berth-agent", "berth-tlog"]),
     (
         "berth-sim",
         &[

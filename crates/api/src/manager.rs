@@ -17,8 +17,13 @@ use utoipa::ToSchema;
 use crate::endpoint::Nothing;
 
 mod access;
+mod audit;
 
 pub use access::*;
+pub use audit::{
+    AuditCheckpoint, AuditExportQuery, AuditKey, AuditListQuery, AuditRecord, ConsistencyProof,
+    ConsistencyQuery, InclusionProof, InclusionQuery,
+};
 
 /// Longest page of a list.
 pub const PAGE_LIMIT_MAX: u32 = 5000;
@@ -514,44 +519,6 @@ pub struct NewToken {
     pub secret: String,
 }
 
-/// One request as it was judged and answered.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct AuditRecord {
-    /// Its number: without gaps.
-    pub sequence: u64,
-    /// The request's id.
-    pub request_id: String,
-    /// Who asked: a user's name, a host's id, `join-token`, or `anonymous`.
-    pub actor: String,
-    /// The action that was needed.
-    pub action: Action,
-    /// Method and path.
-    pub request: String,
-    /// What it was about (`vm:default/books`).
-    pub resource: String,
-    /// `allow` or `deny`.
-    pub decision: String,
-    /// Why it was so decided.
-    pub reason: String,
-    /// When it came.
-    pub started_at: Timestamp,
-    /// When it was answered; none: not yet, or the manager died in between.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub finished_at: Option<Timestamp>,
-    /// The manager died before it was answered: what was begun, an operation says.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub interrupted: bool,
-    /// The HTTP status; 499 when the caller hung up before the answer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub status: Option<u16>,
-    /// The operation that it began.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub operation: Option<OperationId>,
-    /// The address it came from.
-    #[serde(default)]
-    pub remote: String,
-}
-
 /// That the manager lives.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Health {
@@ -670,7 +637,17 @@ crate::endpoints! {
     OperationCancel: POST "/v1/operations/{operation}/cancel", Json, OperationCancel, path OperationPath, query Nothing, body (), reply Operation;
 
     /// The audit, newest first.
-    AuditList: GET "/v1/audit", Json, AuditView, path Nothing, query PageQuery, body (), reply Page<AuditRecord>;
+    AuditList: GET "/v1/audit", Json, AuditView, path Nothing, query AuditListQuery, body (), reply Page<AuditRecord>;
+    /// What the audit's log is now, signed.
+    AuditCheckpointShow: GET "/v1/audit/checkpoint", Json, AuditView, path Nothing, query Nothing, body (), reply AuditCheckpoint;
+    /// The public key that the audit's checkpoints are signed with.
+    AuditKeyShow: GET "/v1/audit/key", Json, AuditView, path Nothing, query Nothing, body (), reply AuditKey;
+    /// Proof that a record is in the audit's log.
+    AuditInclusionShow: GET "/v1/audit/proof/inclusion", Json, AuditView, path Nothing, query InclusionQuery, body (), reply InclusionProof;
+    /// Proof that the audit's log has only grown.
+    AuditConsistencyShow: GET "/v1/audit/proof/consistency", Json, AuditView, path Nothing, query ConsistencyQuery, body (), reply ConsistencyProof;
+    /// The audit, written out: as JSON lines that can be verified offline, as OCSF or as CEF.
+    AuditExport: GET "/v1/audit/export", Download, AuditView, path Nothing, query AuditExportQuery, body (), reply ();
 
     /// The users.
     UserList: GET "/v1/users", Json, UserView, path Nothing, query PageQuery, body (), reply Page<User>;

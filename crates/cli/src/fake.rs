@@ -56,6 +56,11 @@ impl Fake {
         self.script(route, Some((200, serde_json::to_vec(reply).expect("json"))))
     }
 
+    /// Answers it with these bytes.
+    pub fn answer_bytes(self, route: &str, bytes: Vec<u8>) -> Self {
+        self.script(route, Some((200, bytes)))
+    }
+
     /// Refuses it.
     pub fn refuse(self, route: &str, problem: &Problem) -> Self {
         self.script(route, Some((problem.code.http_status(), serde_json::to_vec(problem).expect("json"))))

@@ -69,6 +69,7 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Manager { verb } => daemon::manager(verb),
         Command::Agent { verb } => daemon::agent(verb, output),
         Command::Login(arguments) => block_on(login::run(arguments, output)),
+        Command::Noun(Noun::Audit { verb }) if audit::is_offline(&verb) => audit::run_offline(&verb, output),
         Command::Noun(noun) => block_on(async { ask(noun, &Session::open(output.clone())?).await }),
         Command::Completions { shell } => {
             let mut script = Vec::new();

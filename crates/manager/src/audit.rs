@@ -1,33 +1,72 @@
 //! The audit: one record for each request, begun before anything is done and ended when it is answered.
 //!
+//! Records are the leaves of a Merkle log ([`berth_tlog`]) that only grows. A record becomes a leaf when it ends, with
+//! its start and its end in one. Its start is durable before the handler runs, in the *open area*; what a dead manager
+//! left there becomes a leaf marked `interrupted` at the next start. Refusals that no handler follows, and what the
+//! system does by itself, are leaves at once.
+//!
 //! One writer gives the numbers and writes, so there are no gaps, and requests that come together share one durable
-//! write. The start is on disk before the handler runs; the end follows soon after the answer, and does not hold it
-//! up. Which records are open is on disk as well: a manager that died finds them at its next start and marks them
-//! `interrupted`.
+//! write: the leaves, their hashes, the open area and a signed checkpoint in one transaction. So the log on disk is
+//! never ahead of or behind its checkpoint. The end follows soon after the answer, and does not hold it up; when nobody
+//! waits for a start, ends wait a moment for company, so that a lone caller pays for one write a request and not two.
 //!
 //! An end is never lost while the manager lives: [`Open`] writes it when it is dropped, whatever became of the handler.
+//! When the store fails, starts are refused (nothing is done without a record), ends are kept and tried again. When it
+//! is not known whether a write was made, the store is read before it is repeated.
+//!
+//! Keys in the store:
+//!
+//! | key | value |
+//! |---|---|
+//! | `/audit/head` | size and signed checkpoint of the log, as JSON |
+//! | `/audit/leaves/TILE/OFFSET` | records of a tile of 256, from that offset, a line each; written once |
+//! | `/audit/tiles/LEVEL/INDEX` | hashes of a tile; at level 0 only full ones, with the checkpoint signed then |
+//! | `/audit/open/ENTRY` | up to 32 starts without an end, as JSON |
+//! | `/audit/forward/NAME` | how far a destination has been served |
+//!
+//! Read in this order: `layout` and `tree`, `writer`, `reading` and `proofs`, then what leaves the house: `export`,
+//! `format` and [`forward`].
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_api::manager::AuditRecord;
-use berth_model::{OperationId, Timestamp};
-use berth_store::{Operation, Query, Store};
-use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use berth_model::{OperationId, ProblemCode, Timestamp};
+use berth_store::Store;
+use berth_tlog::SigningKey;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::clock::Clock;
 
-const PREFIX: &str = "/audit/";
-/// Where it stands which records may be open.
-const HEAD_KEY: &str = "/meta/audit";
-/// Most records of one write. A store takes 128 changes at once.
-const BATCH_MAX: usize = 100;
-/// How long until ends are tried again that the store failed to write.
-const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(200);
+mod layout;
+mod tree;
+
+mod writer;
+
+mod proofs;
+mod reading;
+
+pub mod export;
+pub mod format;
+pub mod forward;
+
+pub use reading::{Filter, Found};
+
+use tree::Tree;
+use writer::{Message, Writer};
 
 /// The status of a request whose caller hung up before the answer.
 pub const STATUS_CALLER_GONE: u16 = 499;
+/// The decision of a request that was allowed.
+pub const ALLOW: &str = "allow";
+/// The decision of a request that was refused.
+pub const DENY: &str = "deny";
+/// The result of what went well.
+pub const OK: &str = "ok";
+
+/// Most further things of one request that are written down, and longest name of each, in characters.
+const RESOURCES_MAX: usize = 16;
+const TEXT_CHARS_MAX: usize = 500;
 
 /// A record that can't be written: then nothing is done either.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +83,30 @@ pub enum AuditError {
     /// The store failed in a write that others were part of.
     #[error("the audit can't be written: {0}")]
     Refused(String),
+    /// What is in the store is not what was signed.
+    #[error("the audit's log is damaged or was tampered with: {detail}")]
+    Damaged {
+        /// What does not fit.
+        detail: String,
+    },
+    /// Something that the log does not have.
+    #[error(transparent)]
+    OutOfLog(#[from] berth_tlog::proof::OutOfLog),
+}
+
+impl From<berth_store::Error> for AuditError {
+    fn from(error: berth_store::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// What to do about a log whose last checkpoint was signed with another key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherKey {
+    /// Somebody who can write the store and has not the key may have written it: don't start.
+    Refused,
+    /// The key was replaced on purpose, or is one of a test: go on with the new one.
+    Accepted,
 }
 
 /// How a request ended.
@@ -55,32 +118,53 @@ pub struct End {
     pub operation: Option<OperationId>,
     /// Why it was refused after all, when a second look said so.
     pub denied: Option<String>,
+    /// What was wrong; none: nothing.
+    pub problem: Option<ProblemCode>,
 }
 
 impl End {
     /// With this status and nothing else to say.
     pub const fn status(status: u16) -> Self {
-        Self { status, operation: None, denied: None }
+        Self { status, operation: None, denied: None, problem: None }
     }
 
     const fn caller_gone() -> Self {
         Self::status(STATUS_CALLER_GONE)
     }
+
+    /// Puts into a record how it ended.
+    pub fn close(self, record: &mut AuditRecord, at: Timestamp) {
+        record.finished_at = Some(at);
+        record.status = Some(self.status);
+        record.operation = self.operation;
+        record.result = match self.problem {
+            Some(code) => code.as_str().to_owned(),
+            None if self.status == STATUS_CALLER_GONE => "caller-gone".to_owned(),
+            None => OK.to_owned(),
+        };
+        if let Some(reason) = self.denied {
+            record.decision = DENY.to_owned();
+            record.reason = reason;
+        }
+    }
 }
 
-/// Which numbers are in use: written with each batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Head {
-    /// The last number given.
-    last: u64,
-    /// No record below this number is open.
-    open_from: u64,
-}
+/// Further things that a request turned out to name, for its record.
+#[derive(Debug, Clone, Default)]
+pub struct Named(Arc<Mutex<Vec<String>>>);
 
-enum Message {
-    Start(Box<AuditRecord>, oneshot::Sender<Result<u64, AuditError>>),
-    End(u64, Timestamp, End),
-    Flush(oneshot::Sender<()>),
+impl Named {
+    /// Notes one (`image:debian`).
+    pub fn add(&self, label: &str) {
+        let mut named = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if named.len() < RESOURCES_MAX && !named.iter().any(|known| known == label) {
+            named.push(label.chars().take(TEXT_CHARS_MAX).collect());
+        }
+    }
+
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// The audit.
@@ -90,38 +174,80 @@ pub struct Audit {
     sender: mpsc::UnboundedSender<Message>,
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
+    key: Arc<SigningKey>,
+    tree: watch::Receiver<Arc<Tree>>,
+    under_way: UnderWay,
 }
 
+/// Records that have begun, by ticket.
+type UnderWay = Arc<Mutex<BTreeMap<u64, AuditRecord>>>;
+
 impl Audit {
-    /// Opens the audit, marks what an earlier manager left open, and starts the writer.
+    /// Opens the audit, checks that what is in the store is what was signed, writes down what an earlier manager left
+    /// open, and starts the writer.
     ///
     /// # Errors
-    /// When the store fails, or holds what this version can't read.
-    pub async fn open(store: Arc<dyn Store>, clock: Arc<dyn Clock>) -> Result<Self, AuditError> {
-        let head = mark_interrupted(&*store).await.map_err(AuditError::Store)?;
+    /// When the store fails, holds what this version can't read, or what was not signed.
+    pub async fn open(
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        key: Arc<SigningKey>,
+        other_key: OtherKey,
+    ) -> Result<Self, AuditError> {
+        let under_way = UnderWay::default();
+        let writer =
+            Writer::open(Arc::clone(&store), Arc::clone(&key), other_key, Arc::clone(&under_way)).await?;
+        let tree = writer.subscribe();
         let (sender, receiver) = mpsc::unbounded_channel();
-        let writer = Writer {
-            store: Arc::clone(&store),
-            last: head.last,
-            open: BTreeMap::new(),
-            unsaved: BTreeMap::new(),
-        };
         tokio::spawn(writer.run(receiver));
-        Ok(Self { sender, store, clock })
+        Ok(Self { sender, store, clock, key, tree, under_way })
     }
 
-    /// Writes the start of a record; its number is given here. On return it is durable.
+    /// Writes the start of a record. On return it is durable.
     ///
     /// # Errors
     /// When it could not be written.
     pub async fn begin(&self, record: AuditRecord) -> Result<Open, AuditError> {
         let (answer, answered) = oneshot::channel();
-        self.sender.send(Message::Start(Box::new(record), answer)).map_err(|_| AuditError::Closed)?;
+        let record = Box::new(trimmed(record));
+        self.sender.send(Message::Start(record, answer)).map_err(|_| AuditError::Closed)?;
         let ends = Ends { sender: self.sender.clone(), clock: Arc::clone(&self.clock) };
         let mut waiting = Waiting { answered, ends: Some(ends) };
-        let sequence = (&mut waiting.answered).await.map_err(|_| AuditError::Closed)??;
+        let ticket = (&mut waiting.answered).await.map_err(|_| AuditError::Closed)??;
         let ends = waiting.ends.take().expect("taken only here, or when dropped");
-        Ok(Open { sequence, ends, end: End::caller_gone() })
+        Ok(Open { ticket, ends, end: End::caller_gone(), named: Named::default() })
+    }
+
+    /// Writes a record that has ended already: a refusal, which no handler follows. On return it is durable.
+    ///
+    /// # Errors
+    /// When it could not be written.
+    pub async fn write(&self, mut record: AuditRecord, end: End) -> Result<(), AuditError> {
+        end.close(&mut record, self.clock.now());
+        let (answer, answered) = oneshot::channel();
+        let message = Message::Whole(Box::new(trimmed(record)), Some(answer));
+        self.sender.send(message).map_err(|_| AuditError::Closed)?;
+        answered.await.map_err(|_| AuditError::Closed)?
+    }
+
+    /// Writes down what the system did by itself: the loop that acted (`baseline`), what it did, to what, and what came
+    /// of it. It is not waited for; like an end, it is not lost while the manager lives.
+    pub fn record_system(&self, actor: &str, action: &str, resource: &str, result: &str) {
+        let now = self.clock.now();
+        let record = AuditRecord {
+            actor: format!("system:{actor}"),
+            method: "system".to_owned(),
+            action: action.to_owned(),
+            resources: vec![resource.to_owned()],
+            decision: ALLOW.to_owned(),
+            reason: "the system acts by itself".to_owned(),
+            started_at: now,
+            finished_at: Some(now),
+            result: result.to_owned(),
+            ..AuditRecord::default()
+        };
+        // It fails only when the manager is stopping.
+        let _ = self.sender.send(Message::Whole(Box::new(trimmed(record)), None));
     }
 
     /// Waits until everything that has ended is on disk.
@@ -132,22 +258,41 @@ impl Audit {
         }
     }
 
-    /// Records with numbers below `before` (the newest ones, if none is given), newest first; and whether there are
-    /// older ones.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn newest(
-        &self,
-        before: Option<u64>,
-        limit: usize,
-    ) -> Result<(Vec<AuditRecord>, bool), AuditError> {
-        let head = read_head(&*self.store).await.map_err(AuditError::Store)?;
-        let upper = before.unwrap_or(u64::MAX).min(head.last + 1);
-        let lower = upper.saturating_sub(limit as u64).max(1);
-        let records = read_range(&*self.store, lower, upper).await.map_err(AuditError::Store)?;
-        Ok((records.into_iter().rev().collect(), lower > 1))
+    /// Records that have begun and not ended, which are not in the log yet.
+    pub fn under_way(&self) -> Vec<AuditRecord> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
+
+    /// How many records the log has.
+    pub fn size(&self) -> u64 {
+        self.tree.borrow().size()
+    }
+
+    /// Tells of each new size of the log.
+    pub(crate) fn growth(&self) -> watch::Receiver<Arc<Tree>> {
+        self.tree.clone()
+    }
+
+    /// The store that it is in.
+    pub(crate) fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+}
+
+/// A record of bounded size, whatever a caller has put into it.
+fn trimmed(mut record: AuditRecord) -> AuditRecord {
+    let trim = |text: &mut String| {
+        if let Some((end, _)) = text.char_indices().nth(TEXT_CHARS_MAX) {
+            text.truncate(end);
+        }
+    };
+    [&mut record.actor, &mut record.request, &mut record.reason, &mut record.result, &mut record.action]
+        .into_iter()
+        .for_each(trim);
+    record.resources.truncate(RESOURCES_MAX);
+    record.policies.truncate(RESOURCES_MAX);
+    record.resources.iter_mut().chain(&mut record.policies).for_each(trim);
+    record
 }
 
 /// The way for ends.
@@ -157,9 +302,9 @@ struct Ends {
 }
 
 impl Ends {
-    fn put(&self, sequence: u64, end: End) {
-        // It fails only when the writer is gone, and then the next start of the manager marks the record.
-        let _ = self.sender.send(Message::End(sequence, self.clock.now(), end));
+    fn put(&self, ticket: u64, end: End, named: Vec<String>) {
+        // It fails only when the writer is gone, and then the next start of the manager writes the record down.
+        let _ = self.sender.send(Message::End(ticket, self.clock.now(), Box::new(end), named));
     }
 }
 
@@ -175,8 +320,8 @@ impl Drop for Waiting {
         let (_, never) = oneshot::channel();
         let answered = std::mem::replace(&mut self.answered, never);
         tokio::spawn(async move {
-            if let Ok(Ok(sequence)) = answered.await {
-                ends.put(sequence, End::caller_gone());
+            if let Ok(Ok(ticket)) = answered.await {
+                ends.put(ticket, End::caller_gone(), Vec::new());
             }
         });
     }
@@ -184,201 +329,28 @@ impl Drop for Waiting {
 
 /// A record that was begun. Dropping it ends it.
 pub struct Open {
-    sequence: u64,
+    ticket: u64,
     ends: Ends,
     end: End,
+    named: Named,
 }
 
 impl Open {
-    /// Its number.
-    pub const fn sequence(&self) -> u64 {
-        self.sequence
-    }
-
     /// Says how it will have ended; what is said last counts.
     pub fn set(&mut self, end: End) {
         self.end = end;
+    }
+
+    /// Where further things are noted that the request names.
+    pub fn share(&mut self, named: Named) {
+        self.named = named;
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.ends.put(self.sequence, self.end.clone());
+        self.ends.put(self.ticket, self.end.clone(), self.named.take());
     }
-}
-
-struct Writer {
-    store: Arc<dyn Store>,
-    last: u64,
-    open: BTreeMap<u64, AuditRecord>,
-    /// Ends that the store failed to write: they go with the next write.
-    unsaved: BTreeMap<u64, AuditRecord>,
-}
-
-type Started = (u64, oneshot::Sender<Result<u64, AuditError>>);
-
-impl Writer {
-    async fn run(mut self, mut receiver: mpsc::UnboundedReceiver<Message>) {
-        let mut messages = Vec::with_capacity(BATCH_MAX);
-        loop {
-            let received = receiver.recv_many(&mut messages, BATCH_MAX);
-            let received = if self.unsaved.is_empty() {
-                received.await
-            } else {
-                tokio::time::timeout(RETRY_AFTER, received).await.unwrap_or(usize::MAX)
-            };
-            if received == 0 {
-                return;
-            }
-            self.write(messages.drain(..)).await;
-        }
-    }
-
-    async fn write(&mut self, messages: impl Iterator<Item = Message>) {
-        let (before, mut starts, mut flushes) = (self.last, Vec::new(), Vec::new());
-        let mut changed = std::mem::take(&mut self.unsaved);
-        for message in messages {
-            match message {
-                Message::Start(mut record, answer) => {
-                    self.last += 1;
-                    record.sequence = self.last;
-                    self.open.insert(self.last, (*record).clone());
-                    changed.insert(self.last, *record);
-                    starts.push((self.last, answer));
-                }
-                Message::End(sequence, at, end) => {
-                    if let Some(mut record) = self.open.remove(&sequence) {
-                        close(&mut record, at, end);
-                        changed.insert(sequence, record);
-                    }
-                }
-                Message::Flush(done) => flushes.push(done),
-            }
-        }
-        match self.put(&changed).await {
-            Ok(()) => starts.into_iter().for_each(|(sequence, answer)| {
-                // Whoever asked may have hung up; its end comes all the same.
-                let _ = answer.send(Ok(sequence));
-            }),
-            Err(error) => self.refuse(before, starts, changed, &error),
-        }
-        for done in flushes {
-            let _ = done.send(());
-        }
-    }
-
-    /// Whoever wanted to start is refused and gives the number back; the ends are kept for the next write.
-    fn refuse(
-        &mut self,
-        before: u64,
-        starts: Vec<Started>,
-        mut changed: BTreeMap<u64, AuditRecord>,
-        error: &berth_store::Error,
-    ) {
-        tracing::error!(%error, "the audit can't be written: requests are refused until it can");
-        self.last = before;
-        self.open.retain(|sequence, _| *sequence <= before);
-        changed.retain(|sequence, _| *sequence <= before);
-        self.unsaved = changed;
-        for (_, answer) in starts {
-            let refusal = match error {
-                berth_store::Error::NoSpace { .. } => AuditError::NoSpace,
-                other => AuditError::Refused(other.to_string()),
-            };
-            let _ = answer.send(Err(refusal));
-        }
-    }
-
-    /// Writes records, and last, with the last of them, which numbers are in use: records beyond that are not there.
-    async fn put(&self, records: &BTreeMap<u64, AuditRecord>) -> Result<(), berth_store::Error> {
-        let open_from = self.open.keys().next().copied().unwrap_or(self.last + 1);
-        let mut operations: Vec<Operation> =
-            records.iter().map(|(sequence, record)| put_record(*sequence, record)).collect();
-        while operations.len() > BATCH_MAX {
-            let rest = operations.split_off(BATCH_MAX);
-            self.store.transact(Vec::new(), std::mem::replace(&mut operations, rest)).await?;
-        }
-        if !operations.is_empty() {
-            operations.push(put_head(Head { last: self.last, open_from }));
-            self.store.transact(Vec::new(), operations).await?;
-        }
-        Ok(())
-    }
-}
-
-fn close(record: &mut AuditRecord, at: Timestamp, end: End) {
-    record.finished_at = Some(at);
-    record.status = Some(end.status);
-    record.operation = end.operation;
-    if let Some(reason) = end.denied {
-        record.decision = DENY.to_owned();
-        record.reason = reason;
-    }
-}
-
-/// The decision of a request that was allowed.
-pub const ALLOW: &str = "allow";
-/// The decision of a request that was refused.
-pub const DENY: &str = "deny";
-
-async fn mark_interrupted(store: &dyn Store) -> Result<Head, berth_store::Error> {
-    let mut head = read_head(store).await?;
-    let mut from = head.open_from;
-    while from <= head.last {
-        let to = (from + BATCH_MAX as u64).min(head.last + 1);
-        let mut operations = Vec::new();
-        for mut record in read_range(store, from, to).await? {
-            if record.finished_at.is_none() && !record.interrupted {
-                record.interrupted = true;
-                operations.push(put_record(record.sequence, &record));
-            }
-        }
-        from = to;
-        head.open_from = to;
-        operations.push(put_head(head));
-        store.transact(Vec::new(), operations).await?;
-    }
-    Ok(head)
-}
-
-async fn read_head(store: &dyn Store) -> Result<Head, berth_store::Error> {
-    match store.get(HEAD_KEY).await? {
-        Some(entry) => decode(HEAD_KEY, &entry.value),
-        None => Ok(Head { last: 0, open_from: 1 }),
-    }
-}
-
-/// The records with numbers from `lower` up to but without `upper`.
-async fn read_range(
-    store: &dyn Store,
-    lower: u64,
-    upper: u64,
-) -> Result<Vec<AuditRecord>, berth_store::Error> {
-    let Ok(count @ 1..) = usize::try_from(upper.saturating_sub(lower)) else { return Ok(Vec::new()) };
-    // Numbers begin with 1, so there is always one before to begin behind.
-    let query = Query::prefix(PREFIX).after(key(lower.saturating_sub(1))).limit(count);
-    let page = store.list(query).await?;
-    page.entries.iter().map(|entry| decode(&entry.key, &entry.value)).collect()
-}
-
-fn key(sequence: u64) -> String {
-    format!("{PREFIX}{sequence:020}")
-}
-
-fn put_record(sequence: u64, record: &AuditRecord) -> Operation {
-    Operation::put(key(sequence), serde_json::to_vec(record).expect("audit records are plain data"))
-}
-
-fn put_head(head: Head) -> Operation {
-    Operation::put(HEAD_KEY, serde_json::to_vec(&head).expect("two numbers"))
-}
-
-fn decode<T: serde::de::DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, berth_store::Error> {
-    serde_json::from_slice(bytes).map_err(|source| berth_store::Error::Undecodable {
-        key: key.to_owned(),
-        expected: std::any::type_name::<T>(),
-        source,
-    })
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use berth_api::pki::Authority;
 use berth_model::vm::Vm;
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agents::{AgentConnector, Agents};
+use crate::audit::Audit;
 use crate::clock::{Clock, Entropy};
 use crate::operations::Operations;
 use crate::operations::interfere::Interference;
@@ -46,6 +47,10 @@ pub struct Parts {
 pub struct Settings {
     /// The addresses that VMs are given; none: they ask by DHCP.
     pub addresses: Option<AddressRange>,
+    /// What the audit's checkpoints are signed with; none: a key that is forgotten with this manager, for tests.
+    pub audit_key: Option<Arc<berth_tlog::SigningKey>>,
+    /// Whether to go on with a log that was signed with another key.
+    pub audit_new_key: bool,
 }
 
 /// One cluster.
@@ -66,6 +71,8 @@ pub struct Cluster {
     pub authority: Arc<Authority>,
     /// What was set.
     pub settings: Settings,
+    /// Where what the system does by itself is written down; empty until the audit has been opened.
+    audit: OnceLock<Audit>,
     pub(crate) interference: Option<Arc<dyn Interference>>,
     deciding: Mutex<()>,
     fetching: std::sync::Mutex<HashMap<String, Arc<Mutex<()>>>>,
@@ -100,12 +107,25 @@ impl Cluster {
             entropy: parts.entropy,
             authority: parts.authority,
             settings: parts.settings,
+            audit: OnceLock::new(),
             interference,
             deciding: Mutex::new(()),
             fetching: std::sync::Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }))
+    }
+
+    /// Says where what the system does by itself is written down; only the first time counts.
+    pub(crate) fn write_down_in(&self, audit: Audit) {
+        let _ = self.audit.set(audit);
+    }
+
+    /// Writes down what a loop did by itself: see [`Audit::record_system`].
+    pub fn did_by_itself(&self, actor: &str, action: &str, resource: &str, result: &str) {
+        if let Some(audit) = self.audit.get() {
+            audit.record_system(actor, action, resource, result);
+        }
     }
 
     /// Goes on with every operation that is not over, and begins to watch hosts and VMs.

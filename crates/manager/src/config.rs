@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::forward::AuditConfig;
 use crate::workflow::addresses::AddressRange;
 
 /// The port that the manager listens on when nothing is said.
@@ -28,6 +29,8 @@ pub struct ManagerConfig {
     /// of showing it on the terminal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_file: Option<PathBuf>,
+    /// Where audit records are sent on to.
+    pub audit: AuditConfig,
 }
 
 impl Default for ManagerConfig {
@@ -38,6 +41,7 @@ impl Default for ManagerConfig {
             certificate_names: Vec::new(),
             addresses: None,
             first_token_file: None,
+            audit: AuditConfig::default(),
         }
     }
 }
@@ -55,6 +59,16 @@ impl ManagerConfig {
 
     pub(crate) fn ca_key_path(&self) -> PathBuf {
         self.pki_dir().join("ca.key")
+    }
+
+    /// The key that the audit's checkpoints are signed with.
+    pub(crate) fn audit_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.key")
+    }
+
+    /// Its public half, which auditors need.
+    pub fn audit_public_key_path(&self) -> PathBuf {
+        self.pki_dir().join("audit.pub")
     }
 
     pub(crate) fn pki_dir(&self) -> PathBuf {

@@ -36,6 +36,7 @@ use crate::metrics::Metrics;
 use crate::policy::{Policies, Resource};
 
 mod arrival;
+mod written;
 
 pub mod call;
 pub mod input;

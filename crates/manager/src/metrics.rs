@@ -43,6 +43,11 @@ struct RequestLabels {
     status: u16,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DestinationLabel {
+    destination: String,
+}
+
 /// All counters, and the text of them.
 pub struct Metrics {
     registry: Registry,
@@ -55,6 +60,8 @@ pub struct Metrics {
     restores: Histogram,
     requests: Family<RequestLabels, Counter<u64, AtomicU64>>,
     policy_failures: Counter,
+    forward_lags: Family<DestinationLabel, Gauge>,
+    forward_failures: Family<DestinationLabel, Counter>,
 }
 
 impl Default for Metrics {
@@ -81,6 +88,8 @@ impl Metrics {
             restores: instants(),
             requests: Family::default(),
             policy_failures: Counter::default(),
+            forward_lags: Family::default(),
+            forward_failures: Family::default(),
             registry: Registry::default(),
         };
         registry.register("vms", "VMs by state", metrics.vms.clone());
@@ -112,7 +121,30 @@ impl Metrics {
             metrics.policy_failures.clone(),
         );
         registry.register("http_requests", "Requests that were answered", metrics.requests.clone());
+        registry.register(
+            "audit_forward_lag_records",
+            "Audit records that a destination has not taken yet",
+            metrics.forward_lags.clone(),
+        );
+        registry.register(
+            "audit_forward_failures",
+            "Times that a destination did not take audit records",
+            metrics.forward_failures.clone(),
+        );
         Self { registry, ..metrics }
+    }
+
+    /// Notes how many audit records a destination has still to take.
+    pub fn audit_forwarded(&self, destination: &str, left: u64) {
+        let label = DestinationLabel { destination: destination.to_owned() };
+        self.forward_lags.get_or_create(&label).set(i64::try_from(left).unwrap_or(i64::MAX));
+    }
+
+    /// Counts that a destination took none, with so many left.
+    pub fn audit_not_forwarded(&self, destination: &str, left: u64) {
+        self.audit_forwarded(destination, left);
+        let label = DestinationLabel { destination: destination.to_owned() };
+        self.forward_failures.get_or_create(&label).inc();
     }
 
     /// Counts a request that was answered.
@@ -158,6 +190,11 @@ impl Metrics {
             let count = hosts.iter().filter(|host| host.state == state).count();
             self.hosts.get_or_create(&StateLabel { state: name }).set(gauge(count));
         }
+        self.registry_text()
+    }
+
+    /// Everything that is counted, as it is.
+    pub(crate) fn registry_text(&self) -> String {
         let mut text = String::new();
         if let Err(error) = encode(&mut text, &self.registry) {
             // Writing into a string can't fail; a metric that can't be written must not take the others with it.

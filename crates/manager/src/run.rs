@@ -16,11 +16,13 @@ use berth_api::pki::PkiError;
 use berth_api::tls::TlsError;
 use berth_model::Problem;
 use berth_store::{Revision, SqliteStore, Store};
+use berth_tlog::SigningKey;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::agents::TlsConnector;
-use crate::audit::{Audit, AuditError};
+use crate::audit::forward::{self, ForwardError, Forwarder};
+use crate::audit::{Audit, AuditError, OtherKey};
 use crate::auth::accounts::JoinTokenRow;
 use crate::clock::{SystemClock, SystemEntropy};
 use crate::cluster::{Cluster, Settings};
@@ -88,6 +90,12 @@ pub enum RunError {
     /// The policies are faulty.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// Where the audit is to be sent on to.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// The audit's key.
+    #[error("the audit's key can't be used")]
+    AuditKey(#[from] berth_tlog::note::KeyError),
     /// Keys or certificates.
     #[error("the cluster's certificates can't be used")]
     Pki(#[from] PkiError),
@@ -113,8 +121,14 @@ impl Manager {
     pub async fn new(parts: Parts) -> Result<Self, RunError> {
         let (store, clock) = (Arc::clone(&parts.store), Arc::clone(&parts.clock));
         let ca = Fingerprint::of_pem(parts.authority.certificate_pem())?;
+        let (key, other_key) = match (&parts.settings.audit_key, parts.settings.audit_new_key) {
+            (Some(key), false) => (Arc::clone(key), OtherKey::Refused),
+            (Some(key), true) => (Arc::clone(key), OtherKey::Accepted),
+            (None, _) => (Arc::new(SigningKey::generate(&audit_origin(ca))?), OtherKey::Accepted),
+        };
         let cluster = Cluster::open(parts).await?;
-        let audit = Audit::open(store, clock).await?;
+        let audit = Audit::open(store, clock, key, other_key).await?;
+        cluster.write_down_in(audit.clone());
         let metrics = Arc::new(Metrics::new().with_all_kinds());
         let policies = Policies::open(Arc::clone(&cluster))?;
         let gate = Arc::new(Gate::new(cluster, policies, audit, metrics, ca));
@@ -142,6 +156,14 @@ impl Manager {
     /// What answers requests. Each must carry a [`berth_api::serve::Caller`] as an extension.
     pub fn router(&self) -> Router {
         self.router.clone()
+    }
+
+    /// Begins to send audit records on.
+    pub fn forward(&self, forwarders: Vec<Forwarder>) {
+        for forwarder in forwarders {
+            let running = forwarder.run(self.gate.audit.clone(), Arc::clone(&self.gate.metrics));
+            self.gate.cluster.spawn(running);
+        }
     }
 
     /// The cluster.
@@ -173,6 +195,7 @@ pub struct Bound {
     listener: TcpListener,
     address: SocketAddr,
     certificates: Certificates,
+    forwarders: Vec<Forwarder>,
 }
 
 /// Opens the store, makes or loads the certificates, makes the first administrator if there is none, and listens.
@@ -180,6 +203,7 @@ pub struct Bound {
 /// # Errors
 /// When any of that fails; nothing is left half made that the next start could not go on with.
 pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
+    let forwarders = forward::prepare(&config.audit)?;
     certificates::make_private_dir(&config.state_dir)?;
     let steady = Arc::new(berth_store::SystemClock::new());
     let store = Arc::new(SqliteStore::open(config.store_path(), steady).await?);
@@ -190,6 +214,8 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         listener.local_addr().map_err(|source| RunError::Listen { address: config.listen, source })?;
     let clock = Arc::new(SystemClock);
     let authority = Arc::new(certificates::authority(&config, &*clock)?);
+    let origin = audit_origin(Fingerprint::of_pem(authority.certificate_pem())?);
+    let audit_key = certificates::audit_key(&config, &origin)?;
     let names = certificates::names(&config, address);
     let certificates = Certificates::issue(Arc::clone(&authority), names, clock.clone())?;
     let manager = Manager::new(Parts {
@@ -198,14 +224,18 @@ pub async fn bind(config: ManagerConfig) -> Result<Bound, RunError> {
         clock,
         entropy: Arc::new(SystemEntropy),
         authority,
-        settings: Settings { addresses: config.addresses },
+        settings: Settings {
+            addresses: config.addresses,
+            audit_key: Some(Arc::new(audit_key)),
+            audit_new_key: config.audit.accept_new_key,
+        },
     })
     .await?;
     if let Some(first) = manager.first_start() {
         first_start::announce(&first, config.first_token_file.as_deref())?;
         first.commit(manager.cluster()).await?;
     }
-    Ok(Bound { manager, store, listener, address, certificates })
+    Ok(Bound { manager, store, listener, address, certificates, forwarders })
 }
 
 impl Bound {
@@ -231,7 +261,9 @@ impl Bound {
     /// anything down is better started anew.
     pub async fn serve(self, mut stop: watch::Receiver<bool>) -> Result<(), RunError> {
         self.manager.start().await?;
+        self.manager.forward(self.forwarders);
         tracing::info!(address = %self.address, "the manager listens");
+        let cluster = Arc::clone(self.manager.cluster());
         let (stopping, stopped) = watch::channel(false);
         let serving = berth_api::serve::serve(
             self.listener,
@@ -241,7 +273,7 @@ impl Bound {
         );
         let ended = tokio::select! {
             () = serving => Ok(()),
-            () = self.certificates.keep_fresh() => Ok(()),
+            () = self.certificates.keep_fresh(|result| renewed(&cluster, result)) => Ok(()),
             error = store_failed(&*self.store) => Err(RunError::Store(error)),
             _ = stop.wait_for(|stopped| *stopped) => Ok(()),
         };
@@ -258,6 +290,17 @@ impl Bound {
 /// As [`bind`] and [`Bound::serve`].
 pub async fn run(config: ManagerConfig, stop: watch::Receiver<bool>) -> Result<(), RunError> {
     bind(config).await?.serve(stop).await
+}
+
+/// The name of this cluster's audit: no other cluster has the same CA.
+fn audit_origin(ca: Fingerprint) -> String {
+    let ca = ca.to_string();
+    format!("berth-audit/{}", ca.get(..16).unwrap_or(&ca))
+}
+
+/// Writes down that the manager's certificate was renewed, or was not.
+fn renewed(cluster: &Cluster, result: &str) {
+    cluster.did_by_itself("certificates", "certificate.renew", "manager", result);
 }
 
 /// Returns when the store does not work any more.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use berth_api::endpoint::Endpoint;
-use berth_api::manager::AuditRecord;
 use berth_api::pki::Peer;
 use berth_api::serve::Caller;
 use berth_model::access::Action;
@@ -14,8 +13,8 @@ use http::Response;
 use http::request::Parts;
 
 use super::reply::{self, Done, Rest};
-use super::{Gate, new_request_id};
-use crate::audit::{ALLOW, AuditError, DENY, End, Open};
+use super::{Gate, new_request_id, written};
+use crate::audit::{AuditError, End, Named, Open};
 use crate::auth::Principal;
 use crate::auth::strangers::Strangers;
 use crate::policy::{Decision, Resource};
@@ -29,9 +28,11 @@ pub(super) struct Arrival {
     pub(super) endpoint: &'static str,
     pub(super) request_id: String,
     pub(super) caller: Caller,
-    action: Action,
-    request: String,
-    started_at: Timestamp,
+    pub(super) action: Action,
+    pub(super) request: String,
+    pub(super) started_at: Timestamp,
+    /// What else the request turns out to name.
+    pub(super) named: Named,
 }
 
 impl Arrival {
@@ -45,6 +46,7 @@ impl Arrival {
             caller: parts.extensions.get::<Caller>().cloned().unwrap_or_else(nobody),
             request: format!("{} {path}", parts.method),
             started_at: gate.cluster.clock.now(),
+            named: Named::default(),
             gate,
         }
     }
@@ -61,27 +63,10 @@ impl Arrival {
         if is_stranger && !self.is_worth_a_record(&self.gate.passing) {
             return Ok(None);
         }
-        self.begin(principal.actor(), resource, decision).await.map(Some)
-    }
-
-    async fn begin(&self, actor: String, resource: &Resource, decision: &Decision) -> Result<Open, Problem> {
-        let record = AuditRecord {
-            sequence: 0,
-            request_id: self.request_id.clone(),
-            actor,
-            action: self.action,
-            request: self.request.clone(),
-            resource: resource.label().to_owned(),
-            decision: if decision.allowed { ALLOW } else { DENY }.to_owned(),
-            reason: decision.reason.clone(),
-            started_at: self.started_at,
-            finished_at: None,
-            interrupted: false,
-            status: None,
-            operation: None,
-            remote: self.caller.remote.to_string(),
-        };
-        self.gate.audit.begin(record).await.map_err(unwritten)
+        let record = written::record(self, principal, resource, decision);
+        let mut open = self.gate.audit.begin(record).await.map_err(unwritten)?;
+        open.share(self.named.clone());
+        Ok(Some(open))
     }
 
     fn is_worth_a_record(&self, strangers: &Strangers) -> bool {
@@ -96,9 +81,17 @@ impl Arrival {
         decision: Decision,
         problem: Problem,
     ) -> Response<Body> {
-        match self.begin(principal.actor(), resource, &decision).await {
-            Ok(open) => self.conclude(Err(problem), Some(open)),
-            Err(unwritten) => self.conclude(Err(unwritten), None),
+        let record = written::record(self, principal, resource, &decision);
+        // No handler follows: start and end are one.
+        let end = End {
+            status: problem.code.http_status(),
+            operation: None,
+            denied: None,
+            problem: Some(problem.code),
+        };
+        match self.gate.audit.write(record, end).await {
+            Ok(()) => self.conclude(Err(problem), None),
+            Err(error) => self.conclude(Err(unwritten(error)), None),
         }
     }
 
@@ -116,6 +109,7 @@ impl Arrival {
             Err(problem) if problem.code == ProblemCode::NotAllowed => Some(problem.message.clone()),
             _ => None,
         };
+        let code = result.as_ref().err().map(|problem| problem.code);
         let (mut response, operation, rest) = match result {
             Ok(done) => done.into_parts(),
             Err(problem) => (self.failed(problem), None, Rest::Nothing),
@@ -125,7 +119,7 @@ impl Arrival {
         self.gate.metrics.answered(self.endpoint, status);
         tracing::debug!(request_id = self.request_id, endpoint = self.endpoint, status, "answered");
         let open = open.map(|mut open| {
-            open.set(End { status, operation, denied });
+            open.set(End { status, operation, denied, problem: code });
             open
         });
         match rest {
@@ -157,7 +151,10 @@ fn unwritten(error: AuditError) -> Problem {
         AuditError::NoSpace => {
             Problem::new(ProblemCode::NoSpace, "the manager's disk is full: nothing can be recorded")
         }
-        AuditError::Store(_) | AuditError::Refused(_) => Problem::new(
+        AuditError::Store(_)
+        | AuditError::Refused(_)
+        | AuditError::Damaged { .. }
+        | AuditError::OutOfLog(_) => Problem::new(
             ProblemCode::Unreachable,
             format!("nothing is done without a record of it, and {error}"),
         ),

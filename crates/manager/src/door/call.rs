@@ -14,6 +14,7 @@ use http::request::Parts;
 
 use super::target::{self, Located, TheHost, TheImage, TheSegment, TheVm};
 use super::{Arrival, Gate, Input};
+use crate::audit::Named;
 use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
 use crate::policy::visible::Visible;
@@ -67,12 +68,13 @@ pub struct Ctx {
     pub remote: SocketAddr,
     /// A second person has approved this very request.
     pub approved: bool,
+    named: Named,
 }
 
 impl Ctx {
     pub(super) fn new(gate: Arc<Gate>, principal: Principal, arrival: &Arrival, approved: bool) -> Self {
         let (request_id, remote) = (arrival.request_id.clone(), arrival.caller.remote);
-        Self { gate, principal, request_id, remote, approved }
+        Self { gate, principal, request_id, remote, approved, named: arrival.named.clone() }
     }
 
     /// The cluster.
@@ -166,6 +168,7 @@ impl Ctx {
         absent: &Resource,
     ) -> Result<T, Problem> {
         let resource = found.as_ref().map_or(absent, |located| &located.resource);
+        self.named.add(resource.label());
         if self.decide(action, resource).allowed {
             Ok(found?.target)
         } else {

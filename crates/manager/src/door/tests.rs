@@ -1,6 +1,7 @@
 //! The door from outside: requests in, answers and records out, without a socket.
 
 pub mod access;
+mod audit;
 mod coverage;
 mod enrolment;
 mod hangups;

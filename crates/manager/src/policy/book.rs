@@ -89,8 +89,28 @@ pub struct Slice {
     pub teams: Vec<TeamId>,
     /// The grants of the user and of these teams.
     pub grants: Vec<Arc<Held>>,
-    /// Those and what holds for everybody, as Cedar has it, by the action that they are about.
-    sets: Mutex<HashMap<Action, Arc<PolicySet>>>,
+    /// Those and what holds for everybody, as Cedar has it. Users with the same grants share them.
+    sets: Arc<Sets>,
+}
+
+/// Policies by the action that they are about, made when they are first asked for.
+#[derive(Default)]
+struct Sets(Mutex<HashMap<Action, Arc<PolicySet>>>);
+
+impl Sets {
+    fn get_or_make(
+        &self,
+        action: Action,
+        make: impl FnOnce() -> Result<PolicySet, PolicyError>,
+    ) -> Result<Arc<PolicySet>, PolicyError> {
+        let mut sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = sets.get(&action) {
+            return Ok(Arc::clone(set));
+        }
+        let set = Arc::new(make()?);
+        sets.insert(action, Arc::clone(&set));
+        Ok(set)
+    }
 }
 
 /// See the module's head.
@@ -104,6 +124,9 @@ pub struct Book {
     teams: HashMap<TeamId, Arc<Row<Team>>>,
     segments: HashMap<SegmentId, Arc<Row<Segment>>>,
     slices: Mutex<HashMap<UserId, (Revision, Arc<Slice>)>>,
+    /// The sets of each combination of grants that somebody has; of none, those that hold for everybody.
+    sets: Mutex<HashMap<Vec<GrantId>, Arc<Sets>>>,
+    everybody: Sets,
 }
 
 impl Book {
@@ -138,7 +161,8 @@ impl Book {
         let segments = records.list::<Segment>().into_iter().map(|row| (row.value.id.clone(), row)).collect();
         let hash = hash(&grants, &customs);
         let slices = Mutex::default();
-        Ok(Self { stamp, hash, fixed, grants, customs, teams, segments, slices })
+        let (sets, everybody) = (Mutex::default(), Sets::default());
+        Ok(Self { stamp, hash, fixed, grants, customs, teams, segments, slices, sets, everybody })
     }
 
     /// What can matter to this user.
@@ -170,7 +194,10 @@ impl Book {
             })
             .cloned()
             .collect();
-        Slice { teams, grants, sets: Mutex::default() }
+        let key = grants.iter().map(|held| held.grant.value.id.clone()).collect();
+        let mut shared = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        let sets = Arc::clone(shared.entry(key).or_default());
+        Slice { teams, grants, sets }
     }
 
     /// What a question about this action is asked of; no slice: by who is no user.
@@ -178,16 +205,16 @@ impl Book {
     /// # Errors
     /// When the set can't be made.
     pub fn set_for(&self, slice: Option<&Slice>, action: Action) -> Result<Arc<PolicySet>, PolicyError> {
-        let known = slice.map(|slice| slice.sets.lock().unwrap_or_else(PoisonError::into_inner));
-        if let Some(set) = known.as_ref().and_then(|known| known.get(&action)) {
-            return Ok(Arc::clone(set));
+        let policies = || self.fixed.iter().chain(self.customs.iter().flat_map(|custom| &custom.parts));
+        let everybodys = || self.everybody.get_or_make(action, || set_about(action, None, policies()));
+        match slice {
+            Some(slice) => slice.sets.get_or_make(action, || {
+                let mut set = PolicySet::clone(&*everybodys()?);
+                add_grants(&mut set, action, slice)?;
+                Ok(set)
+            }),
+            None => everybodys(),
         }
-        let customs = self.customs.iter().flat_map(|custom| &custom.parts);
-        let set = Arc::new(set_about(action, slice, self.fixed.iter().chain(customs))?);
-        if let Some(mut known) = known {
-            known.insert(action, Arc::clone(&set));
-        }
-        Ok(set)
     }
 
     /// A team and those that it is a part of.
@@ -274,11 +301,17 @@ fn set_about<'a>(
     for policy in policies.filter(|policy| actions_of(policy).contains(&action)) {
         set.add(policy.clone()).map_err(PolicyError::new)?;
     }
-    let grants = slice.map(|slice| slice.grants.as_slice()).unwrap_or_default();
-    for held in grants.iter().filter(|held| held.actions.contains(&action)) {
-        set.add(held.policy(action)?).map_err(PolicyError::new)?;
+    if let Some(slice) = slice {
+        add_grants(&mut set, action, slice)?;
     }
     Ok(set)
+}
+
+fn add_grants(set: &mut PolicySet, action: Action, slice: &Slice) -> Result<(), PolicyError> {
+    for held in slice.grants.iter().filter(|held| held.actions.contains(&action)) {
+        set.add(held.policy(action)?).map_err(PolicyError::new)?;
+    }
+    Ok(())
 }
 
 fn is_member(team: &Team, user: &UserId, external: &[ExternalGroup]) -> bool {

@@ -8,6 +8,7 @@ use berth_model::snapshot::SnapshotKind;
 use berth_model::vm::{GuestState, Vm, VmState};
 use berth_model::{OperationId, Problem, ProblemCode, Timestamp, VmId};
 
+use crate::audit::OK;
 use crate::cluster::Cluster;
 use crate::operations::{Begin, OperationRequest};
 use crate::records::{RecordsError, Row};
@@ -99,8 +100,11 @@ impl Watch {
             name: None,
             note: "taken when the guest was first ready".to_owned(),
         };
-        match cluster.operations.begin(Begin::new(ACTOR, request)).await {
+        let begun = cluster.operations.begin(Begin::new(ACTOR, request)).await;
+        let label = format!("vm:{}", vm.full_name());
+        match begun {
             Ok(begun) => {
+                cluster.did_by_itself("baseline", "snapshot.create", &label, OK);
                 if let Some(operation) = begun.operation {
                     self.tries.insert(id.clone(), operation.id);
                 }
@@ -116,6 +120,7 @@ impl Watch {
                 Ok(())
             }
             Err(problem) => {
+                cluster.did_by_itself("baseline", "snapshot.create", &label, problem.code.as_str());
                 self.again_at.insert(id.clone(), now.plus_millis(AGAIN_AFTER_MS));
                 note(cluster, id, &format!("taking it was refused: {problem}")).await
             }

@@ -10,6 +10,7 @@ use berth_model::operation::Progress;
 use berth_model::vm::Vm;
 
 use crate::agents::{Drive, DriveError, Listener, Patience};
+use crate::audit::OK;
 use crate::cluster::Cluster;
 use crate::records::{Debt, Row, Transaction};
 
@@ -37,7 +38,10 @@ pub(super) fn pay(cluster: &Arc<Cluster>, host: &HostId) {
 async fn pay_all(cluster: &Cluster, host: &HostId) {
     for debt in cluster.records.list_below::<Debt>(&format!("{host}/")) {
         match pay_one(cluster, &debt).await {
-            Ok(()) => forget(cluster, &debt).await,
+            Ok(()) => {
+                cluster.did_by_itself("debts", "leftover.remove", &format!("host:{host}"), OK);
+                forget(cluster, &debt).await;
+            }
             Err(DriveError::Unreachable(_)) => return,
             Err(DriveError::Failed(problem)) => {
                 tracing::warn!(%host, task = debt.task, why = debt.why, %problem, "could still not be removed");

@@ -8,6 +8,7 @@ use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
 
 use super::baseline::ACTOR;
+use crate::audit::OK;
 use crate::cluster::Cluster;
 use crate::http::segment::call_vms_after_their_segments;
 use crate::operations::{Begin, OperationRequest, OperationRow};
@@ -44,9 +45,15 @@ async fn expire_snapshots(cluster: &Arc<Cluster>) {
         let request =
             OperationRequest::SnapshotDelete { vm: snapshot.vm.clone(), snapshot: snapshot.value.id.clone() };
         let begin = Begin::new(ACTOR, request);
-        if let Err(problem) = cluster.operations.begin(begin).await {
+        match cluster.operations.begin(begin).await {
+            Ok(_) => {
+                let label = format!("snapshot:{}", snapshot.id);
+                cluster.did_by_itself("expiry", "snapshot.delete", &label, OK);
+            }
             // Its VM is being changed or its host is away: in a minute again.
-            tracing::debug!(snapshot = snapshot.id, %problem, "an expired snapshot stays for now");
+            Err(problem) => {
+                tracing::debug!(snapshot = snapshot.id, %problem, "an expired snapshot stays for now");
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use berth_model::{HostId, Problem};
 use tokio::time::Instant;
 
 use super::{debts, reports};
+use crate::audit::OK;
 use crate::cluster::Cluster;
 
 /// How long one question for news waits. Longer: a host that hangs is noticed later. Shorter: more requests.
@@ -160,6 +161,7 @@ impl Watch {
         let now = self.cluster.clock.now();
         if host.state == HostState::Offline {
             tracing::info!(host = %host.name, "the host answers");
+            self.cluster.did_by_itself("hosts", "host.online", &format!("host:{}", host.name), OK);
         }
         let inventory = self.inventory.clone();
         let written = self.update(|host| {
@@ -185,6 +187,7 @@ impl Watch {
         if gone && host.state == HostState::Online {
             let reason = error.into_problem().message;
             tracing::warn!(host = %host.name, reason, "the host is offline");
+            self.cluster.did_by_itself("hosts", "host.offline", &format!("host:{}", host.name), OK);
             self.update(|host| {
                 host.state = HostState::Offline;
                 host.offline_reason = Some(reason.clone());

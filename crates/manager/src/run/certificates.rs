@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use berth_api::pki::{Authority, CERTIFICATE_DAYS, Identity, RENEW_DAYS_LEFT};
 use berth_api::tls::{self, ClientCertificates};
+use berth_tlog::SigningKey;
 use tokio::sync::watch;
 
 use super::RunError;
@@ -34,6 +35,21 @@ pub(super) fn authority(config: &ManagerConfig, clock: &dyn Clock) -> Result<Aut
     }
     let identity = Identity { certificate_pem: read(&certificate)?, key_pem: read(&key)? };
     Ok(Authority::load(&identity)?)
+}
+
+/// Loads the key that the audit's checkpoints are signed with, or makes it at the first start. The public half is
+/// written beside it.
+pub(super) fn audit_key(config: &ManagerConfig, origin: &str) -> Result<SigningKey, RunError> {
+    let path = config.audit_key_path();
+    let key = if path.exists() {
+        SigningKey::from_pem(origin, &read(&path)?)?
+    } else {
+        let made = SigningKey::generate(origin)?;
+        write_private(&path, made.to_pem().as_bytes())?;
+        made
+    };
+    write_private(&config.audit_public_key_path(), format!("{}\n", key.public()).as_bytes())?;
+    Ok(key)
 }
 
 /// The names that the manager's certificate is to be good for.
@@ -80,7 +96,7 @@ impl Certificates {
     }
 
     /// Makes new ones in time, for ever; connections that stand are not touched.
-    pub(super) async fn keep_fresh(&self) {
+    pub(super) async fn keep_fresh(&self, tell: impl Fn(&str)) {
         let mut wait = FRESH_FOR;
         loop {
             self.clock.sleep(wait).await;
@@ -89,10 +105,12 @@ impl Certificates {
                     self.server.send_replace(server);
                     self.client.send_replace(client);
                     tracing::info!("the manager's certificate was renewed");
+                    tell(crate::audit::OK);
                     wait = FRESH_FOR;
                 }
                 Err(error) => {
                     tracing::error!(%error, "the manager's certificate can't be renewed");
+                    tell("failed");
                     wait = RETRY_AFTER;
                 }
             }

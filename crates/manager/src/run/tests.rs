@@ -7,13 +7,14 @@ use std::time::Duration;
 use berth_api::endpoint::Nothing;
 use berth_api::join::JoinSecret;
 use berth_api::manager::{
-    CertificateRenew, CreateJoinToken, EnrolRequest, HealthShow, HostEnrol, HostList, JoinTokenCreate,
-    PageQuery, RenewRequest, WhoAmIShow,
+    AuditExport, AuditExportQuery, AuditKeyShow, CertificateRenew, CreateJoinToken, EnrolRequest, HealthShow,
+    HostEnrol, HostList, JoinTokenCreate, PageQuery, RenewRequest, WhoAmIShow,
 };
 use berth_api::pki::{self, Authority, Identity, MANAGER_NAME};
 use berth_api::transport::TlsTransport;
 use berth_api::{Client, ClientError, tls};
 use berth_model::ProblemCode;
+use berth_tlog::export::Question;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -163,6 +164,30 @@ async fn a_start_that_died_before_its_ca_was_whole_is_made_anew() {
 }
 
 #[tokio::test]
+async fn the_audits_key_is_for_its_owner_alone_and_its_log_goes_on_after_a_restart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = config(dir.path());
+    let mut known = None;
+    for _ in 0..3 {
+        let running = start(dir.path()).await;
+        let mode = std::fs::metadata(config.audit_key_path()).expect("a key").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let key = std::fs::read_to_string(config.audit_public_key_path()).expect("its public half");
+        let shown = running.user().call::<AuditKeyShow>(&Nothing {}, &Nothing {}, &()).await.expect("shown");
+        assert_eq!(shown.key, key.trim());
+        let query = AuditExportQuery::default();
+        let export = running.user().download::<AuditExport>(&Nothing {}, &query).await.expect("an export");
+        let bytes = http_body_util::BodyExt::collect(export.into_body()).await.expect("whole").to_bytes();
+        let question = Question { keys: vec![key.parse().expect("a key")], known: known.take() };
+        let found = berth_tlog::export::verify(&bytes[..], &question).expect("as it was logged");
+        assert!(found.is_whole() && found.contains_known != Some(false));
+        known = Some(found.checkpoint);
+        running.end().await;
+    }
+    assert!(known.expect("some").size > 2, "what was logged before is there");
+}
+
+#[tokio::test]
 async fn an_address_that_is_taken_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -183,7 +208,7 @@ async fn the_managers_certificate_is_renewed_by_itself_before_it_ends() {
         client.changed().await.expect("a new one");
     };
     tokio::select! {
-        () = certificates.keep_fresh() => unreachable!("it goes on for ever"),
+        () = certificates.keep_fresh(|_| ()) => unreachable!("it goes on for ever"),
         () = renewed => {}
     }
     assert!(!Arc::ptr_eq(&first, &server.borrow()));

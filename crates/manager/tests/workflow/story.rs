@@ -349,7 +349,8 @@ async fn a_change_of_something_that_has_changed_is_refused() {
 #[tokio::test(start_paused = true)]
 async fn addresses_and_macs_are_given_once_and_given_back() {
     let mut world = World::new(Pools::Shared).await;
-    world.settings = Settings { addresses: Some("198.18.5.0/28".parse().expect("a range")) };
+    world.settings =
+        Settings { addresses: Some("198.18.5.0/28".parse().expect("a range")), ..Settings::default() };
     let cluster = world.manager_with_hosts().await;
     let small = |name: &str| ask(CreateVm { memory_mib: Some(64), ..wish(name) });
     let mut macs = std::collections::BTreeSet::new();
