@@ -314,3 +314,39 @@ fn a_quota_refuses_before_anything_is_done_and_a_token_has_only_its_scope() -> R
     narrow.refused(&["vm", "list"], "unauthenticated", 3)?;
     site.cluster.down()
 }
+
+#[test]
+fn a_policy_is_tried_in_shadow_and_counts_when_two_people_say_so() -> Result<()> {
+    const NOBODY_IS_TWO: &str = "@approval(\"saying who may do what\")\n\
+        forbid (principal is User, action in [Action::\"grant.manage\", Action::\"team.manage\"], resource)\n\
+        when { !context.approved };\n";
+    let site = Site::new()?;
+    site.admin(&["team", "create", "admins"])?;
+    site.admin(&["grant", "create", "--team", "admins", "--role", "admin"])?;
+    let eve = site.user("eve", &["admins"])?;
+    let path = site.folder.path().join("policy.cedar");
+    let create = ["policy", "create", "two-to-give", "--file", path.to_str().context("path")?];
+
+    std::fs::write(&path, "permit (principal, action == Action::\"vm.fly\", resource);")?;
+    let refusal = site.cluster.berth.refuses(&create)?;
+    ensure!(refusal.exit_code == 2 && refusal.problem["field"] == "file", "{}", refusal.text);
+    std::fs::write(&path, NOBODY_IS_TWO)?;
+    let report = site.admin(&create)?;
+    // The grant to the team, and eve's coming into it, would have waited for somebody else.
+    ensure!(report["differences"].as_array().is_some_and(|all| !all.is_empty()), "{report}");
+    ensure!(report["policy"]["active"] == false, "it must begin in shadow");
+    let grant = ["grant", "create", "--user", "eve", "--role", "viewer", "--segment", "accounting"];
+    site.admin(&grant)?;
+
+    let activate = ["policy", "activate", "two-to-give"];
+    ensure!(site.cluster.berth.refuses(&activate)?.code() == "approval-needed", "one person is not enough");
+    let waiting = eve.run(&["approval", "list"])?;
+    eve.run(&["approval", "approve", waiting[0]["id"].as_str().context("an approval")?])?;
+    site.admin(&activate)?;
+    let refusal = site.cluster.berth.refuses(&grant)?;
+    ensure!(refusal.code() == "approval-needed", "{}", refusal.text);
+    let id = refusal.problem["value"].as_str().context("an approval")?;
+    eve.run(&["approval", "approve", id])?;
+    site.admin(&grant)?;
+    site.cluster.down()
+}

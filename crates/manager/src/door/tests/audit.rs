@@ -34,7 +34,10 @@ async fn a_record_says_who_how_from_where_what_why_and_what_came_of_it() {
     };
     let seen = of("GET /v1/vms/default");
     assert!(records.iter().all(|record| !record.request.contains("s3cret")), "never the query");
-    assert_eq!((seen.actor.as_str(), seen.method.as_str(), seen.result.as_str()), ("admin", "first-token", "ok"));
+    assert_eq!(
+        (seen.actor.as_str(), seen.method.as_str(), seen.result.as_str()),
+        ("admin", "first-token", "ok")
+    );
     assert!(seen.actor_id.starts_with("user-") && seen.request_id.starts_with("req-"), "{seen:?}");
     assert_eq!((seen.address.as_str(), seen.action.as_str()), ("192.0.2.1:40000", "vm.view"));
     assert_eq!(seen.resources, ["vm:default/books"]);
