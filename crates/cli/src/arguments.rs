@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::output::Format;
 use crate::{
-    access, audit, daemon, host, image, login, migration, operation, own, segment, snapshot, token, up, user,
-    vm,
+    access, approval, audit, daemon, grant, host, image, login, migration, operation, own, policy, role,
+    segment, snapshot, team, token, up, user, vm,
 };
 
 const AFTER: &str = "\
@@ -70,13 +70,17 @@ pub enum Noun {
     Whoami,
     /// Whether you may do something, and why (exit code 3: you may not)
     CanI(access::CanIArguments),
+    /// Who may do something, and by what
+    WhoCan(access::CanIArguments),
+    /// What you, or another user, may do, and where
+    WhatCan(access::WhatCanArguments),
     /// Machines with an agent
     Host {
         /// What to do.
         #[command(subcommand)]
         verb: host::Verb,
     },
-    /// What VMs are sorted into; each is in exactly one. They are names only so far, and keep nobody apart
+    /// What keeps teams apart: each VM is in exactly one, and a grant reaches the VMs of its segment and those inside it
     Segment {
         /// What to do.
         #[command(subcommand)]
@@ -129,6 +133,36 @@ pub enum Noun {
         /// What to do.
         #[command(subcommand)]
         verb: token::Verb,
+    },
+    /// People who have something in common
+    Team {
+        /// What to do.
+        #[command(subcommand)]
+        verb: team::Verb,
+    },
+    /// Sets of actions that can be granted together
+    Role {
+        /// What to do.
+        #[command(subcommand)]
+        verb: role::Verb,
+    },
+    /// Who has which role where, and until when
+    Grant {
+        /// What to do.
+        #[command(subcommand)]
+        verb: grant::Verb,
+    },
+    /// What waits for a second person
+    Approval {
+        /// What to do.
+        #[command(subcommand)]
+        verb: approval::Verb,
+    },
+    /// Policies of one's own, in Cedar, beside the grants
+    Policy {
+        /// What to do.
+        #[command(subcommand)]
+        verb: policy::Verb,
     },
     /// Who did what, and by whose leave
     Audit {

@@ -116,7 +116,8 @@ pub fn text(failure: &Failure, format: Format) -> Option<String> {
 /// Field, value and expectation, where the sentence doesn't say them already.
 fn detail(problem: &Problem) -> Option<String> {
     let expected = problem.expected.as_ref()?;
-    if problem.code == ProblemCode::NotFound || problem.message.contains(expected.as_str()) {
+    let is_said = matches!(problem.code, ProblemCode::NotFound | ProblemCode::ApprovalNeeded);
+    if is_said || problem.message.contains(expected.as_str()) {
         return None;
     }
     let field = problem.field.as_deref().unwrap_or("it");
@@ -156,8 +157,12 @@ fn hint(problem: &Problem) -> Option<&'static str> {
         ProblemCode::OverQuota => {
             Some("'berth segment show SEGMENT' says what is used; delete something, or ask for more")
         }
+        // Only one that was put up has an id, and can be followed.
+        ProblemCode::ApprovalNeeded if problem.field.is_none() => None,
+        ProblemCode::ApprovalNeeded => {
+            Some("'berth approval list' shows how it stands; nothing has been changed so far")
+        }
         ProblemCode::InvalidInput
-        | ProblemCode::ApprovalNeeded
         | ProblemCode::AlreadyExists
         | ProblemCode::WrongState
         | ProblemCode::Protected
@@ -178,6 +183,13 @@ fn where_to_look(noun: &str) -> Option<&'static str> {
         "segment" => Some("'berth segment list' shows those that there are"),
         "snapshot" => Some("'berth snapshot list VM' shows those that there are"),
         "vm" => Some("'berth vm list' shows those that there are"),
+        "team" => Some("'berth team list' shows those that you may see"),
+        "user" => Some("'berth user list' shows those that you may see"),
+        "role" => Some("'berth role list' shows those that there are"),
+        "grant" => Some("'berth grant list' shows those that you may see"),
+        "token" => Some("'berth token list' shows those that you may see"),
+        "policy" => Some("'berth policy list' shows those that there are"),
+        "approval" => Some("'berth approval list --all' shows those that you may see"),
         _ => None,
     }
 }

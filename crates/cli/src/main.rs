@@ -7,6 +7,8 @@ mod units;
 
 mod config;
 mod lookup;
+mod names;
+mod options;
 mod session;
 
 mod progress;
@@ -16,8 +18,10 @@ mod daemon;
 mod up;
 
 mod access;
+mod approval;
 mod audit;
 mod console;
+mod grant;
 mod host;
 mod image;
 mod join;
@@ -25,8 +29,11 @@ mod login;
 mod migration;
 mod operation;
 mod own;
+mod policy;
+mod role;
 mod segment;
 mod snapshot;
+mod team;
 mod token;
 mod user;
 mod vm;
@@ -78,6 +85,8 @@ async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
     match noun {
         Noun::Whoami => access::whoami(session).await,
         Noun::CanI(arguments) => access::can_i(session, arguments).await,
+        Noun::WhoCan(arguments) => access::who_can(session, arguments).await,
+        Noun::WhatCan(arguments) => access::what_can(session, arguments).await,
         Noun::Host { verb } => host::run(session, verb).await,
         Noun::Segment { verb } => segment::run(session, verb).await,
         Noun::Image { verb } => image::run(session, verb).await,
@@ -88,6 +97,11 @@ async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
         Noun::Session { verb } => own::run(session, verb).await,
         Noun::User { verb } => user::run(session, verb).await,
         Noun::Token { verb } => token::run(session, verb).await,
+        Noun::Team { verb } => team::run(session, verb).await,
+        Noun::Role { verb } => role::run(session, verb).await,
+        Noun::Grant { verb } => grant::run(session, verb).await,
+        Noun::Approval { verb } => approval::run(session, verb).await,
+        Noun::Policy { verb } => policy::run(session, verb).await,
         Noun::Audit { verb } => audit::run(session, verb).await,
     }
 }

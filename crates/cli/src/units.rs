@@ -3,6 +3,10 @@
 //! Sizes are 1024-based whatever way they are written, and a number without a unit is refused: one program takes it
 //! for bytes, the next for MiB, and the mistake shows only later.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use berth_model::Timestamp;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -113,6 +117,12 @@ fn scale(number: &str, unit: u64) -> Option<u64> {
 
 fn nonzero(value: u64) -> Option<u64> {
     (value > 0).then_some(value)
+}
+
+/// What time it is on this machine.
+pub fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Bytes for people: `812 MiB`, `2.0 GiB`.

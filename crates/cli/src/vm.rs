@@ -10,12 +10,14 @@ use berth_api::manager::{
     ChangeQuery, DeleteQuery, OperationRef, ShutdownVm, UpdateVm, VmDelete, VmList, VmListQuery, VmPath,
     VmPause, VmRestart, VmResume, VmShow, VmShutdown, VmStart, VmStop, VmUpdate,
 };
+use berth_model::name::Name;
 use berth_model::vm::{GuestState, Vm};
 use clap::{Args, Subcommand};
 
 use crate::arguments::{ChangeArguments, DryRunArguments};
 use crate::exit::Failure;
-use crate::lookup::{HostNames, VmRef};
+use crate::lookup::{HostNames, VmRef, parse_name};
+use crate::options::named;
 use crate::output::{Facts, NOTHING, Table, instant, or_nothing, word};
 use crate::session::Session;
 use crate::{console, migration, units, wait};
@@ -75,6 +77,8 @@ pub enum Verb {
     },
     /// Move a VM to another host while it runs
     Migrate(migration::MigrateArguments),
+    /// Change a VM's settings; what is not named stays
+    Update(UpdateArguments),
     /// Hold a VM against deletion
     Protect {
         /// The VM
@@ -89,6 +93,22 @@ pub enum Verb {
         #[command(flatten)]
         dry_run: DryRunArguments,
     },
+}
+
+/// What to change.
+#[derive(Debug, Args)]
+#[group(id = "settings", required = true, multiple = true, args = ["class", "ready_timeout"])]
+pub struct UpdateArguments {
+    /// The VM
+    vm: VmRef,
+    /// What kind of VM it is to the policies; restoring one of class 'production' needs a second person
+    #[arg(long, value_parser = parse_name)]
+    class: Option<Name>,
+    /// How long its guest may take to be ready
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_duration_s32)]
+    ready_timeout: Option<u32>,
+    #[command(flatten)]
+    dry_run: DryRunArguments,
 }
 
 /// A VM that is to be changed.
@@ -124,6 +144,7 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         Verb::Console { vm } => console::run(session, &vm).await,
         Verb::Delete { one, force } => delete(session, &one, force).await,
         Verb::Migrate(arguments) => migration::migrate(session, arguments).await,
+        Verb::Update(arguments) => update(session, arguments).await,
         Verb::Protect { vm, dry_run } => protect(session, &vm, true, dry_run).await,
         Verb::Unprotect { vm, dry_run } => protect(session, &vm, false, dry_run).await,
     }
@@ -152,6 +173,21 @@ async fn delete(session: &Session, one: &One, force: bool) -> Result<(), Failure
     let reply = session.ask::<VmDelete>(&one.vm.path(), &query).await?;
     wait::carry_through_and_tell(session, one.change, reply, |over| format!("{} is deleted", over.subject))
         .await
+}
+
+async fn update(session: &Session, arguments: UpdateArguments) -> Result<(), Failure> {
+    let UpdateArguments { vm, class, ready_timeout, dry_run } = arguments;
+    let query = ChangeQuery { dry_run: dry_run.dry_run.then_some(true) };
+    let wish = UpdateVm { class, ready_timeout_s: ready_timeout, ..UpdateVm::default() };
+    let pairs = [("ready_timeout_s", "ready-timeout")];
+    let changed = named(session.send::<VmUpdate>(&vm.path(), &query, &wish).await, &pairs)?;
+    let is_now =
+        format!("of class {}, its guest given {} s", changed.spec.class, changed.spec.ready_timeout_s);
+    let name = changed.full_name();
+    if dry_run.dry_run {
+        return session.tried(&format!("would have {name} be {is_now}"));
+    }
+    session.output.done(&changed, || format!("{name} is {is_now}"))
 }
 
 async fn protect(
@@ -239,6 +275,7 @@ fn facts(vm: &Vm, hosts: &HostNames) -> Facts {
         .with("pool", &spec.pool)
         .with("machine type", &spec.machine_type)
         .with("cpu model", &spec.cpu_model)
+        .with("class", &spec.class)
         .with("protected", if spec.protected { "yes" } else { "no" })
         .with("made", instant(vm.created_at));
     for (index, nic) in spec.nics.iter().enumerate() {

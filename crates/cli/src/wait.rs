@@ -59,8 +59,23 @@ pub async fn carry_through(
         begun(session, &summary, &operation)?;
         return Ok(None);
     }
-    let farewell = farewell(&operation.id);
-    session.unless_interrupted(&farewell, to_success(session, operation)).await.map(Some)
+    let (id, farewell) = (operation.id.clone(), farewell(&operation.id));
+    let followed = session.unless_interrupted(&farewell, to_success(session, operation)).await;
+    followed.map(Some).map_err(|failure| unfollowed(failure, &summary, &id))
+}
+
+/// Who may begin something and may not see operations is told that it was begun: it is not the change that was refused.
+fn unfollowed(failure: Failure, summary: &str, operation: &OperationId) -> Failure {
+    match failure {
+        Failure::Problem(mut problem) if problem.code == ProblemCode::NotAllowed => {
+            problem.message = format!(
+                "{summary}: begun as {operation}, and how it goes can't be seen: {}; --no-wait does not look",
+                problem.message
+            );
+            Failure::Problem(problem)
+        }
+        other => other,
+    }
 }
 
 /// The same, and tells the outcome: `tell` says it to people, programs get the operation.

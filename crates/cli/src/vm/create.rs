@@ -62,6 +62,9 @@ pub struct Arguments {
     /// Hold it against deletion
     #[arg(long)]
     protected: bool,
+    /// What kind of VM it is to the policies, like production [default: standard]
+    #[arg(long, value_parser = parse_name)]
+    class: Option<Name>,
     /// How long the guest may take to be ready [default: 5m]
     #[arg(long, value_name = "DURATION", value_parser = units::parse_duration_s32)]
     ready_timeout: Option<u32>,
@@ -127,7 +130,7 @@ fn wish(arguments: Arguments) -> Result<CreateVm, Failure> {
     let Arguments { nics, no_nic, user_data, .. } = arguments;
     let nics = if no_nic || !nics.is_empty() { Some(nics) } else { None };
     Ok(CreateVm {
-        class: None,
+        class: arguments.class,
         segment: arguments.name.segment.to_string(),
         name: arguments.name.name,
         image: arguments.image,

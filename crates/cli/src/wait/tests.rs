@@ -160,3 +160,14 @@ fn the_last_word_on_waiting_counts() {
     assert!(change(&["--no-wait", "--wait"]).wait());
     assert!(!change(&["--wait", "--no-wait"]).wait());
 }
+
+#[tokio::test]
+async fn who_may_not_see_operations_is_told_that_it_was_begun() {
+    let no = Problem::new(ProblemCode::NotAllowed, "ada may not 'operation.view'");
+    let fake = Fake::new().refuse(&route("events"), &no).refuse(&route("wait"), &no);
+    let failed = carry_through(&fake.session(), change(&[]), reply(running())).await.expect_err("not seen");
+    assert_eq!(failed.code(), 3);
+    let said = &failed.problem().expect("a problem").message;
+    assert!(said.starts_with("move default/books to h2: begun as op-"), "{said}");
+    assert!(said.contains("ada may not 'operation.view'; --no-wait"), "{said}");
+}
