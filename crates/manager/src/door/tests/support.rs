@@ -201,7 +201,7 @@ impl Fixture {
         transaction.create(&host);
         transaction.claim(&UniqueName::in_cluster(Host::NOUN, &host.name), host.id.as_str());
         transaction.create(&image);
-        transaction.claim(&UniqueName::in_cluster(Image::NOUN, &image.name), image.id.as_str());
+        transaction.claim(&UniqueName::image(None, &image.name), image.id.as_str());
         transaction.create(&vm);
         transaction.claim(&UniqueName::vm(&segment.id, &vm.name), vm.id.as_str());
         self.cluster().records.commit(transaction).await.expect("recorded");
