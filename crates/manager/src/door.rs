@@ -91,7 +91,7 @@ impl Gate {
     fn identify(&self, action: Action, shown: Shown) -> Option<Principal> {
         match (shown, action) {
             (Shown::Bearer(bearer), _) => {
-                accounts::authenticate(&self.cluster.records, &bearer, self.cluster.clock.now())
+                accounts::authenticate(&self.cluster.records, &bearer, self.policies.now())
                     .map(Principal::User)
             }
             (Shown::HostCertificate(host), _) => {
@@ -120,7 +120,7 @@ impl Gate {
     }
 
     fn join_token(&self, text: &str) -> Option<Principal> {
-        accounts::join_token(&self.cluster.records, text, self.ca, self.cluster.clock.now())
+        accounts::join_token(&self.cluster.records, text, self.ca, self.policies.now())
             .map(|row| Principal::JoinToken(row.id.clone()))
     }
 }
@@ -259,7 +259,7 @@ where
             about,
             dry_run: is_dry_run(parts.uri.query()),
         };
-        match second_person::pass(&gate.cluster, &wanted).await {
+        match second_person::pass(&gate, &wanted).await {
             Ok(approval) => {
                 approved = true;
                 decision = gate.policies.decide(&principal, E::ACTION, &resource, true);
@@ -269,7 +269,11 @@ where
         }
     }
     if !decision.allowed {
-        let problem = gate.not_allowed(E::ACTION, &principal, &resource);
+        let problem = match (&input, &principal) {
+            // What is wrong with the request's form says nothing of what there is.
+            (Err(problem), Principal::User(_)) => problem.clone(),
+            _ => gate.not_allowed(E::ACTION, &principal, &resource),
+        };
         return arrival.refuse(&principal, &resource, decision, problem).await;
     }
     let open = match arrival.write_down(&principal, &resource, &decision).await {
