@@ -247,7 +247,8 @@ impl Policies {
             return None;
         };
         let is_lasting = matches!(action, Action::SelfView | Action::Public);
-        if !is_lasting && !actions.contains(&action) {
+        // What can't be granted is in no scope either, whatever a record says.
+        if !is_lasting && !(action.is_grantable() && actions.contains(&action)) {
             return Some(format!("the token is not for '{}'", action.as_str()));
         }
         let segment = segment.as_ref()?;

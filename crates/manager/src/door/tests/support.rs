@@ -44,6 +44,11 @@ impl TestClock {
         let millis = u64::try_from(by.as_millis()).expect("a test's time");
         self.ahead_ms.fetch_add(millis, Ordering::SeqCst);
     }
+
+    pub fn set_back(&self, by: Duration) {
+        let millis = u64::try_from(by.as_millis()).expect("a test's time");
+        self.ahead_ms.fetch_sub(millis, Ordering::SeqCst);
+    }
 }
 
 impl Clock for TestClock {
