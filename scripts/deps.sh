@@ -27,6 +27,7 @@ need qemu-utils "makes and checks disk images" has qemu-img
 need iproute2 "connects virtual machines to bridges" has ip
 need gcc "compiles the C parts of dependencies" has cc
 need libc6-dev "links the guest's probe statically" has_library libc.a
+need python3-venv "runs the tests that send random requests to the API" python3 -c 'import venv, ensurepip'
 if grep -q '^ID=ubuntu' /etc/os-release 2> /dev/null; then
     need zstd "unpacks the test guest's kernel modules" has zstd
 fi

@@ -33,7 +33,7 @@ use crate::auth::strangers::Strangers;
 use crate::auth::{Principal, Shown, accounts, shown, unauthenticated};
 use crate::cluster::Cluster;
 use crate::metrics::Metrics;
-use crate::policy::{Policies, Resource};
+use crate::policy::{Decision, Policies, Resource};
 
 mod arrival;
 
@@ -245,29 +245,20 @@ where
         Ok(located) => located.resource.clone(),
         Err(_) => Resource::absent(T::KIND, &named),
     };
-    let mut approved = false;
     let mut decision = gate.policies.decide(&principal, E::ACTION, &resource, false);
-    if let (Some(about), Ok(input), Ok(_), Principal::User(user)) =
-        (&decision.needs_approval, &input, &located, &principal)
-    {
-        let wanted = second_person::Wanted {
-            user,
-            action: E::ACTION,
-            resource: &resource,
-            request: format!("{} {}", parts.method, parts.uri),
-            sha256: second_person::hash_of(user, &resource, input),
-            about,
-            dry_run: is_dry_run(parts.uri.query()),
-        };
-        match second_person::pass(&gate, &wanted).await {
-            Ok(approval) => {
-                approved = true;
-                decision = gate.policies.decide(&principal, E::ACTION, &resource, true);
-                decision.reason = format!("{}; approved by {approval}", decision.reason);
-            }
-            Err(problem) => return arrival.refuse(&principal, &resource, decision, problem).await,
+    let sha256 = match (&input, &located, &principal) {
+        (Ok(input), Ok(_), Principal::User(user)) if decision.needs_approval.is_some() => {
+            second_person::hash_of(user, &resource, input)
         }
-    }
+        _ => String::new(),
+    };
+    let request = format!("{} {}", parts.method, parts.uri);
+    let dry_run = is_dry_run(parts.uri.query());
+    let asked = Asked { principal: &principal, action: E::ACTION, resource: &resource };
+    let approved = match second_look(&gate, asked, &mut decision, sha256, request, dry_run).await {
+        Ok(approved) => approved,
+        Err(problem) => return arrival.refuse(&principal, &resource, decision, problem).await,
+    };
     if !decision.allowed {
         let problem = match (&input, &principal) {
             // What is wrong with the request's form says nothing of what there is.
@@ -289,6 +280,36 @@ where
     let call = Call { ctx, target: located.target, input, parts, body };
     let handled = handle(arrival, open, Box::pin(async move { run(call).await }));
     if is_change { run_to_the_end(handled).await } else { handled.await }
+}
+
+struct Asked<'a> {
+    principal: &'a Principal,
+    action: Action,
+    resource: &'a Resource,
+}
+
+/// For what needs a second person: whether one has approved this very request, which has this hash; none is needed or
+/// would help when there is no hash.
+async fn second_look(
+    gate: &Gate,
+    asked: Asked<'_>,
+    decision: &mut Decision,
+    sha256: String,
+    request: String,
+    dry_run: bool,
+) -> Result<bool, Problem> {
+    let Asked { principal, action, resource } = asked;
+    let (Some(about), Principal::User(user)) = (&decision.needs_approval, principal) else {
+        return Ok(false);
+    };
+    if sha256.is_empty() {
+        return Ok(false);
+    }
+    let wanted = second_person::Wanted { user, action, resource, request, sha256, about, dry_run };
+    let approval = second_person::pass(gate, &wanted).await?;
+    *decision = gate.policies.decide(principal, action, resource, true);
+    decision.reason = format!("{}; approved by {approval}", decision.reason);
+    Ok(true)
 }
 
 /// Whether a query says to only try. What the query means otherwise is the route's business.

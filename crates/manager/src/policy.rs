@@ -248,7 +248,8 @@ impl Policies {
         };
         let is_lasting = matches!(action, Action::SelfView | Action::Public);
         // What can't be granted is in no scope either, whatever a record says.
-        if !is_lasting && !(action.is_grantable() && actions.contains(&action)) {
+        let has = action.is_grantable() && actions.contains(&action);
+        if !(is_lasting || has) {
             return Some(format!("the token is not for '{}'", action.as_str()));
         }
         let segment = segment.as_ref()?;

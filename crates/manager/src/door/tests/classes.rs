@@ -42,13 +42,9 @@ async fn a_restore_brings_back_no_class_no_protection_and_no_room() {
     assert_eq!(world.refused(&operator, "POST", restore, other).await, "not-allowed");
 }
 
-/// Class: second object not authorised. Everything that a body or a query names is authorised by itself, and what is
-/// foreign is answered as what is not there.
-#[tokio::test]
-async fn everything_that_a_request_names_is_authorised() {
-    let world = World::new().await;
-    let cluster = world.cluster();
-    let (_, who) = member(cluster, "own-admin", &[("admin", Some(&world.own.segment))]).await;
+/// Requests that name something foreign, and the same with something that is not there. A query of the path says
+/// `foreign`, which is put in place by the caller.
+fn pairs(world: &World) -> Vec<(&'static str, &'static str, Value, Value)> {
     let vm = |field: &str, value: &str| {
         let mut wish = json!({"segment": "own", "name": "new", "image": "debian"});
         wish[field] = json!(value);
@@ -56,7 +52,7 @@ async fn everything_that_a_request_names_is_authorised() {
     };
     let image_id = world.foreign.image.id.to_string();
     let segment_id = world.foreign.segment.id.to_string();
-    for (method, path, there, absent) in [
+    vec![
         ("POST", "/v1/vms", vm("image", "foreign/disk"), vm("image", "foreign/ghost")),
         ("POST", "/v1/vms", vm("image", &image_id), vm("image", "img-0000000000000000")),
         ("POST", "/v1/vms", vm("segment", "foreign"), vm("segment", "ghost")),
@@ -99,13 +95,30 @@ async fn everything_that_a_request_names_is_authorised() {
         ("GET", "/v1/operations?vm=foreign%2Fthing", Value::Null, Value::Null),
         ("GET", "/v1/what-can?user=admin", Value::Null, Value::Null),
         ("GET", "/v1/who-can?action=vm.view&resource=foreign%2Fthing", Value::Null, Value::Null),
-    ] {
+    ]
+}
+
+/// Class: second object not authorised. Everything that a body or a query names is authorised by itself, and what is
+/// foreign is answered as what is not there.
+#[tokio::test]
+async fn everything_that_a_request_names_is_authorised() {
+    let world = World::new().await;
+    let cluster = world.cluster();
+    let (_, who) = member(cluster, "own-admin", &[("admin", Some(&world.own.segment))]).await;
+    for (method, path, there, absent) in pairs(&world) {
         let other = path.replace("foreign", "ghost").replace("user=admin", "user=ghost");
         let first = world.ask(&who, method, path, there.clone()).await;
         let second = world.ask(&who, method, &other, absent).await;
         assert_eq!(first.problem().0, "not-allowed", "{method} {path} {there}: {}", first.json());
         assert_eq!(told(&first), told(&second), "{method} {path} {there}");
     }
+}
+
+/// Class: second object not authorised, where what is named would give rights: a team's parent, a role that is copied.
+#[tokio::test]
+async fn a_named_parent_or_role_gives_its_maker_nothing() {
+    let world = World::new().await;
+    let cluster = world.cluster();
     // A team's parent: with the right to manage teams, but not what the parent has.
     world::role(cluster, "leader", &[Action::TeamManage]).await;
     let (_, lead) = member(cluster, "lead", &[("leader", None)]).await;
