@@ -30,6 +30,7 @@ need libc6-dev "links the guest's probe statically" has_library libc.a
 need slapd "a directory to log in against, for the tests" has slapd
 need nodejs "runs the identity provider of the tests" has node
 need npm "fetches the identity provider of the tests" has npm
+need python3-venv "runs the tests that send random requests to the API" python3 -c 'import venv, ensurepip'
 if grep -q '^ID=ubuntu' /etc/os-release 2> /dev/null; then
     need zstd "unpacks the test guest's kernel modules" has zstd
 fi

@@ -138,9 +138,9 @@ paths! {
     /// A segment in a path.
     SegmentPath { /** Id or name. */ segment: String }
     /// An image in a path.
-    ImagePath { /** Id or name. */ image: String }
+    ImagePath { /** Id, `segment/name`, or the name of one that is for all. */ image: String }
     /// A part of an image in a path.
-    ImagePartPath { /** Id or name. */ image: String, /** The part. */ role: PartRole }
+    ImagePartPath { /** Id, `segment/name`, or the name of one that is for all. */ image: String, /** The part. */ role: PartRole }
     /// An operation in a path.
     OperationPath { /** Id. */ operation: OperationId }
     /// A user in a path.
@@ -277,7 +277,7 @@ pub struct CreateSegment {
 /// Wish for an image: its parts are uploaded after this, each with [`ImagePartUpload`].
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct CreateImage {
-    /// Its name.
+    /// Its name, unique in its segment, or among those that are for all.
     pub name: Name,
     /// The segment whose VMs may use it (id or name); none: all.
     #[serde(default)]
@@ -299,7 +299,7 @@ pub struct CreateVm {
     pub segment: String,
     /// Its name.
     pub name: Name,
-    /// The image (id or name).
+    /// The image: id, `segment/name`, or the name of one of the segment's own or, failing that, of one for all.
     pub image: String,
     /// Virtual CPUs; none: 1.
     #[serde(default)]

@@ -194,6 +194,7 @@ mod tests {
 
     fn approval(state: ApprovalState) -> Approval {
         Approval {
+            approver: None,
             id: ApprovalId::from_entropy([1; 10]),
             requested_by: UserId::from_entropy([1; 10]),
             requester: "ada".parse().expect("a name"),

@@ -10,6 +10,7 @@ use clap::Subcommand;
 
 use crate::arguments::{ChangeArguments, ListArguments};
 use crate::exit::Failure;
+use crate::lookup::SegmentNames;
 use crate::output::{Facts, NOTHING, Table, instant, or_nothing, word};
 use crate::session::Session;
 use crate::{units, wait};
@@ -23,12 +24,12 @@ pub enum Verb {
     List(ListArguments),
     /// Show an image
     Show {
-        /// Its name or id
+        /// Its name (SEGMENT/NAME for one of a segment) or id
         image: String,
     },
     /// Delete an image that no VM needs
     Delete {
-        /// Its name or id
+        /// Its name (SEGMENT/NAME for one of a segment) or id
         image: String,
         #[command(flatten)]
         change: ChangeArguments,
@@ -45,13 +46,32 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         Verb::List(arguments) => {
             let query = |limit, cursor| PageQuery { limit, cursor };
             let images = session.pages::<ImageList, _>(&Nothing {}, arguments.limit, query).await?;
-            session.output.list(&images, || table(&images))
+            let segments = segments_of(session, &images).await;
+            session.output.list(&images, || table(&images, &segments))
         }
         Verb::Show { image } => {
             let image = session.ask::<ImageShow>(&ImagePath { image }, &Nothing {}).await?;
-            session.output.one(&image, || facts(&image))
+            let segments = segments_of(session, std::slice::from_ref(&image)).await;
+            session.output.one(&image, || facts(&image, &segments))
         }
         Verb::Delete { image, change } => delete(session, image, change).await,
+    }
+}
+
+/// The names of the segments that the images are of. For nobody's sake when all are for all.
+async fn segments_of(session: &Session, images: &[Image]) -> SegmentNames {
+    if images.iter().any(|image| image.segment.is_some()) {
+        SegmentNames::load(session).await
+    } else {
+        SegmentNames::default()
+    }
+}
+
+/// What the image is called: `segment/name`, or its name if it is for all.
+fn full_name(image: &Image, segments: &SegmentNames) -> String {
+    match &image.segment {
+        Some(segment) => format!("{}/{}", segments.of(segment), image.name),
+        None => image.name.to_string(),
     }
 }
 
@@ -61,7 +81,7 @@ async fn delete(session: &Session, image: String, change: ChangeArguments) -> Re
         let found = session.ask::<ImageShow>(&path, &Nothing {}).await?;
         let size = units::bytes(size_bytes(&found));
         let summary = format!("would delete image {} ({size}), if no VM needs it", found.name);
-        return session.would(Action::ImageDelete, Some(found.name.as_str()), &summary).await;
+        return session.would(Action::ImageDelete, Some(found.id.as_str()), &summary).await;
     }
     let reply = session.ask::<ImageDelete>(&path, &Nothing {}).await?;
     wait::carry_through_and_tell(session, change, reply, |over| format!("image {} is deleted", over.subject))
@@ -72,12 +92,12 @@ fn size_bytes(image: &Image) -> u64 {
     image.parts.iter().map(|part| part.size_bytes).sum()
 }
 
-fn table(images: &[Image]) -> Table {
+fn table(images: &[Image], segments: &SegmentNames) -> Table {
     Table::of(&["NAME", "STATE", "PARTS", "SIZE", "DISK", "MADE"], images, |image| {
         let parts: Vec<&str> = image.parts.iter().map(|part| part.role.as_str()).collect();
         let disk = image.part(PartRole::Disk).and_then(|part| part.virtual_size_bytes);
         [
-            image.name.to_string(),
+            full_name(image, segments),
             word(&image.state),
             if parts.is_empty() { NOTHING.to_owned() } else { parts.join(",") },
             units::bytes(size_bytes(image)),
@@ -87,12 +107,12 @@ fn table(images: &[Image]) -> Table {
     })
 }
 
-fn facts(image: &Image) -> Facts {
+fn facts(image: &Image, segments: &SegmentNames) -> Facts {
     let mut facts = Facts::new()
-        .with("name", &image.name)
+        .with("name", full_name(image, segments))
         .with("id", &image.id)
         .with("state", word(&image.state))
-        .with("for segment", image.segment.as_ref().map_or("all".to_owned(), ToString::to_string))
+        .with("for segment", image.segment.as_ref().map_or("all".to_owned(), |id| segments.of(id)))
         .with("made", instant(image.created_at));
     for part in &image.parts {
         let arrived = if image.arrived.contains(&part.role) { "" } else { ", not arrived" };

@@ -5,9 +5,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use berth_api::endpoint::Nothing;
-use berth_api::manager::{HostList, PageQuery, SnapshotPath, VmPath};
+use berth_api::manager::{HostList, PageQuery, SegmentList, SnapshotPath, VmPath};
 use berth_model::name::{NAME_RULE, Name};
-use berth_model::{HostId, VmId};
+use berth_model::{HostId, SegmentId, VmId};
 
 use crate::output::NOTHING;
 use crate::session::Session;
@@ -83,6 +83,24 @@ fn parse_full_name(text: &str) -> Result<(Name, Name), String> {
 /// What was expected instead.
 pub fn parse_name(text: &str) -> Result<Name, String> {
     text.parse().map_err(|_| format!("expected {NAME_RULE}"))
+}
+
+/// Names of segments by id.
+#[derive(Default)]
+pub struct SegmentNames(HashMap<SegmentId, Name>);
+
+impl SegmentNames {
+    /// Asks for them. Who may not see segments sees ids, so nothing here fails.
+    pub async fn load(session: &Session) -> Self {
+        let query = |limit, cursor| PageQuery { limit, cursor };
+        let segments = session.pages::<SegmentList, _>(&Nothing {}, None, query).await.unwrap_or_default();
+        Self(segments.into_iter().map(|segment| (segment.id, segment.name)).collect())
+    }
+
+    /// The segment's name, else its id.
+    pub fn of(&self, segment: &SegmentId) -> String {
+        self.0.get(segment).map_or_else(|| segment.to_string(), Name::to_string)
+    }
 }
 
 /// Names of hosts by id.

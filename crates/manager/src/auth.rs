@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use berth_api::manager::{Scope, TokenKind};
+use berth_api::manager::{Scope, TokenKind, User};
 use berth_api::pki::Peer;
 use berth_api::serve::Caller;
 use berth_model::name::Name;
@@ -74,6 +74,19 @@ pub enum Principal {
 }
 
 impl Principal {
+    /// A user as if it had come itself, with a session: to ask what it may do.
+    pub fn as_if(user: &User) -> Self {
+        Self::User(UserPrincipal {
+            id: user.id.clone(),
+            name: user.name.clone(),
+            token: TokenId::from_entropy([0; 10]),
+            kind: TokenKind::Session,
+            method: "session".to_owned(),
+            second_factor: true,
+            scope: None,
+        })
+    }
+
     /// Who it is, for audit and operations.
     pub fn actor(&self) -> String {
         match self {

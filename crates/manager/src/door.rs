@@ -33,7 +33,7 @@ use crate::auth::strangers::Strangers;
 use crate::auth::{Principal, Shown, accounts, session, shown, unauthenticated};
 use crate::cluster::Cluster;
 use crate::metrics::Metrics;
-use crate::policy::{Policies, Resource};
+use crate::policy::{Decision, Policies, Resource};
 
 mod arrival;
 mod written;
@@ -94,7 +94,7 @@ impl Gate {
     fn identify(&self, action: Action, shown: Shown) -> Option<Principal> {
         match (shown, action) {
             (Shown::Bearer(bearer), _) => {
-                accounts::authenticate(&self.cluster.records, &bearer, self.cluster.clock.now())
+                accounts::authenticate(&self.cluster.records, &bearer, self.policies.now())
                     .filter(|user| session::is_in_use(&self.cluster, user))
                     .map(Principal::User)
             }
@@ -124,7 +124,7 @@ impl Gate {
     }
 
     fn join_token(&self, text: &str) -> Option<Principal> {
-        accounts::join_token(&self.cluster.records, text, self.ca, self.cluster.clock.now())
+        accounts::join_token(&self.cluster.records, text, self.ca, self.policies.now())
             .map(|row| Principal::JoinToken(row.id.clone()))
     }
 }
@@ -249,34 +249,29 @@ where
         Ok(located) => located.resource.clone(),
         Err(_) => Resource::absent(T::KIND, &named),
     };
-    let mut approved = false;
     let mut decision = gate.policies.decide(&principal, E::ACTION, &resource, false);
     if decision.failed {
         gate.metrics.policy_failed();
     }
-    if let (Some(about), Ok(input), Ok(_), Principal::User(user)) =
-        (&decision.needs_approval, &input, &located, &principal)
-    {
-        let wanted = second_person::Wanted {
-            user,
-            action: E::ACTION,
-            resource: &resource,
-            request: format!("{} {}", parts.method, parts.uri),
-            sha256: second_person::hash_of(user, &resource, input),
-            about,
-            dry_run: is_dry_run(parts.uri.query()),
-        };
-        match second_person::pass(&gate.cluster, &wanted).await {
-            Ok(approval) => {
-                approved = true;
-                decision = gate.policies.decide(&principal, E::ACTION, &resource, true);
-                decision.reason = format!("{}; approved by {approval}", decision.reason);
-            }
-            Err(problem) => return arrival.refuse(&principal, &resource, decision, problem).await,
+    let sha256 = match (&input, &located, &principal) {
+        (Ok(input), Ok(_), Principal::User(user)) if decision.needs_approval.is_some() => {
+            second_person::hash_of(user, &resource, input)
         }
-    }
+        _ => String::new(),
+    };
+    let request = format!("{} {}", parts.method, parts.uri);
+    let dry_run = is_dry_run(parts.uri.query());
+    let asked = Asked { principal: &principal, action: E::ACTION, resource: &resource };
+    let approved = match second_look(&gate, asked, &mut decision, sha256, request, dry_run).await {
+        Ok(approved) => approved,
+        Err(problem) => return arrival.refuse(&principal, &resource, decision, problem).await,
+    };
     if !decision.allowed {
-        let problem = gate.not_allowed(E::ACTION, &principal, &resource);
+        let problem = match (&input, &principal) {
+            // What is wrong with the request's form says nothing of what there is.
+            (Err(problem), Principal::User(_)) => problem.clone(),
+            _ => gate.not_allowed(E::ACTION, &principal, &resource),
+        };
         return arrival.refuse(&principal, &resource, decision, problem).await;
     }
     let open = match arrival.write_down(&principal, &resource, &decision).await {
@@ -292,6 +287,36 @@ where
     let call = Call { ctx, target: located.target, input, parts, body };
     let handled = handle(arrival, open, Box::pin(async move { run(call).await }));
     if is_change { run_to_the_end(handled).await } else { handled.await }
+}
+
+struct Asked<'a> {
+    principal: &'a Principal,
+    action: Action,
+    resource: &'a Resource,
+}
+
+/// For what needs a second person: whether one has approved this very request, which has this hash; none is needed or
+/// would help when there is no hash.
+async fn second_look(
+    gate: &Gate,
+    asked: Asked<'_>,
+    decision: &mut Decision,
+    sha256: String,
+    request: String,
+    dry_run: bool,
+) -> Result<bool, Problem> {
+    let Asked { principal, action, resource } = asked;
+    let (Some(about), Principal::User(user)) = (&decision.needs_approval, principal) else {
+        return Ok(false);
+    };
+    if sha256.is_empty() {
+        return Ok(false);
+    }
+    let wanted = second_person::Wanted { user, action, resource, request, sha256, about, dry_run };
+    let approval = second_person::pass(gate, &wanted).await?;
+    *decision = gate.policies.decide(principal, action, resource, true);
+    decision.reason = format!("{}; approved by {approval}", decision.reason);
+    Ok(true)
 }
 
 /// Whether a query says to only try. What the query means otherwise is the route's business.

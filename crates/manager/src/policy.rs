@@ -11,6 +11,7 @@
 //! - [`escalation`]: that nobody gives what it does not have;
 //! - [`shadow`]: what a policy would have changed among recent decisions.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use berth_api::manager::{Scope, User};
@@ -69,6 +70,7 @@ pub struct Policies {
     cluster: Arc<Cluster>,
     book: RwLock<Arc<Book>>,
     recent: Recent,
+    latest_ms: AtomicU64,
 }
 
 impl Policies {
@@ -79,7 +81,14 @@ impl Policies {
     pub fn open(cluster: Arc<Cluster>) -> Result<Self, PolicyError> {
         let engine = Engine::new()?;
         let book = RwLock::new(Arc::new(Book::read(&engine, &cluster.records, None)?));
-        Ok(Self { engine, cluster, book, recent: Recent::default() })
+        Ok(Self { engine, cluster, book, recent: Recent::default(), latest_ms: AtomicU64::new(0) })
+    }
+
+    /// What time it is for rights that end: the clock's, and never earlier than it was before. Somebody who sets the
+    /// clock back does not bring back what has ended, as long as this manager runs.
+    pub fn now(&self) -> Timestamp {
+        let now_ms = self.cluster.clock.now().as_millis();
+        Timestamp::from_millis(self.latest_ms.fetch_max(now_ms, Ordering::SeqCst).max(now_ms))
     }
 
     /// Cedar, with the schema.
@@ -151,7 +160,7 @@ impl Policies {
         if let Some(reason) = self.outside_scope(&book, principal, action, resource) {
             return Ok(Decision { policy_hash, ..Decision::denied(&reason) });
         }
-        let (slice, now) = (self.slice(&book, principal), self.cluster.clock.now());
+        let (slice, now) = (self.slice(&book, principal), self.now());
         let teams = slice.as_ref().map(|slice| slice.teams.as_slice()).unwrap_or_default();
         let set = book.set_for(slice.as_deref(), action)?;
         let mut question = Question { principal, teams, action, resource, approved, now };
@@ -233,12 +242,16 @@ impl Policies {
             return None;
         };
         let is_lasting = matches!(action, Action::SelfView | Action::Public);
-        if !is_lasting && !actions.contains(&action) {
+        // What can't be granted is in no scope either, whatever a record says.
+        let has = action.is_grantable() && actions.contains(&action);
+        if !(is_lasting || has) {
             return Some(format!("the token is not for '{}'", action.as_str()));
         }
         let segment = segment.as_ref()?;
-        let is_list = resource.kind() == ResourceKind::Listing;
-        (!is_lasting && !is_list && !resource.is_within(segment))
+        // Lists are filtered; and what is for all segments is for this one as well.
+        let is_everywhere = resource.kind() == ResourceKind::Listing
+            || (action == Action::ImageView && resource.is_for_all());
+        (!is_lasting && !is_everywhere && !resource.is_within(segment))
             .then(|| format!("the token is for segment {} only", book.segment_name(segment)))
     }
 

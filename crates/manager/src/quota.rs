@@ -47,11 +47,26 @@ pub fn check(cluster: &Cluster, segment: &SegmentId, added: &Added) -> Result<()
     for _ in 0..=DEPTH_MAX {
         let Some(row) = next else { return Ok(()) };
         if row.quota != Quota::default() {
-            fits(&row, &usage(cluster, &row.value.id), &added.0)?;
+            let around = (row.value.id != *segment).then_some(segment);
+            fits(&row, &usage(cluster, &row.value.id), &added.0).map_err(|problem| {
+                around.map_or(problem.clone(), |inner| of_one_around(cluster, inner, problem))
+            })?;
         }
         next = row.parent.as_ref().and_then(|parent| cluster.records.get::<Segment>(parent.as_str()));
     }
     Ok(())
+}
+
+/// The same of a segment around: what that one is called, has and may have is not for everybody inside it to know.
+fn of_one_around(cluster: &Cluster, inner: &SegmentId, problem: Problem) -> Problem {
+    let name = cluster
+        .records
+        .get::<Segment>(inner.as_str())
+        .map_or_else(|| inner.to_string(), |row| row.name.to_string());
+    let field = problem.field.unwrap_or_default();
+    let message =
+        format!("a segment that {name} is inside of has no room for this: its quota of {field} is used up");
+    Problem::new(ProblemCode::OverQuota, message).at(field, problem.value.unwrap_or_default(), "less")
 }
 
 fn fits(segment: &Segment, used: &Usage, added: &Usage) -> Result<(), Problem> {

@@ -85,7 +85,7 @@ pub enum ImageState {
 pub struct Image {
     /// Its id.
     pub id: ImageId,
-    /// Its name, unique in the cluster.
+    /// Its name, unique in its segment, or among those that are for all.
     pub name: Name,
     /// The segment whose VMs may use it; none: all segments.
     #[serde(default, skip_serializing_if = "Option::is_none")]

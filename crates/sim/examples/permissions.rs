@@ -13,6 +13,7 @@ use berth_api::manager::{CreateToken, CreateUser, Grant, Quota, Segment, Team, T
 use berth_api::pki::Peer;
 use berth_api::serve::Caller;
 use berth_manager::ManagerConfig;
+use berth_manager::auth::session::SessionRow;
 use berth_manager::auth::{Principal, UserPrincipal, accounts};
 use berth_manager::cluster::Cluster;
 use berth_manager::door::target::vm_resource;
@@ -127,6 +128,12 @@ async fn fill_people(filling: &mut Filling<'_>, segments: &[Segment]) -> (Vec<Pr
             .put(|all| {
                 accounts::add_user(all, &user);
                 all.create(&row);
+                all.create(&SessionRow {
+                    token: row.token.id.clone(),
+                    user: user.id.clone(),
+                    address: Ipv4Addr::LOCALHOST.into(),
+                    used_at: now,
+                });
             })
             .await;
         users.push(user);

@@ -306,6 +306,9 @@ pub struct Approval {
     /// Who decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decided_by: Option<Name>,
+    /// Who approved, by id: the approval is good as long as that user may decide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approver: Option<UserId>,
     /// When it was asked for.
     pub created_at: Timestamp,
     /// Until when it can be approved and used.

@@ -25,7 +25,7 @@ use crate::{units, wait};
 pub struct Arguments {
     /// Its name: SEGMENT/NAME, or NAME in segment 'default'
     name: NewVmName,
-    /// The image that it starts from
+    /// The image that it starts from: one of its segment, else one for all
     #[arg(long)]
     image: String,
     /// Virtual CPUs [default: 1]

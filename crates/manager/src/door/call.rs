@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use berth_api::endpoint::Endpoint;
 use berth_model::access::Action;
-use berth_model::{Problem, ProblemCode, Timestamp};
+use berth_model::{Problem, ProblemCode, SegmentId, Timestamp};
 use berth_store::Revision;
 use http::HeaderMap;
 use http::header::IF_MATCH;
@@ -150,12 +150,13 @@ impl Ctx {
         self.checked(target::host(self.cluster(), name), action, &target::absent_host(name))
     }
 
-    /// A further image that the request names.
+    /// A further image that the request names for use in a segment: one of the segment's own goes first.
     ///
     /// # Errors
     /// As [`Self::vm`].
-    pub fn image(&self, name: &str, action: Action) -> Result<TheImage, Problem> {
-        self.checked(target::image(self.cluster(), name), action, &target::absent_image(name))
+    pub fn image_for(&self, segment: &SegmentId, name: &str, action: Action) -> Result<TheImage, Problem> {
+        let found = target::image_for(self.cluster(), segment, name);
+        self.checked(found, action, &target::absent_image(name))
     }
 
     /// A further segment that the request names.

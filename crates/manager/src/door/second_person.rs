@@ -5,24 +5,27 @@
 //! it expires. "The same" is a hash over who asks, the route, what it is about by id, and all that it says: another
 //! snapshot, another VM of the same name or another user is another request.
 
+use std::sync::Arc;
+
 use berth_api::endpoint::Endpoint;
-use berth_api::manager::{Approval, ApprovalState};
+use berth_api::manager::{Approval, ApprovalState, User};
 use berth_model::access::Action;
 use berth_model::{ApprovalId, Problem, ProblemCode, Timestamp};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::Input;
-use crate::auth::UserPrincipal;
+use super::target::access::approval_resource;
+use super::{Gate, Input};
+use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
 use crate::policy::Resource;
-use crate::records::Transaction;
+use crate::records::{Row, Transaction};
 
 /// How long an approval waits and, once given, can be used, in milliseconds: a day. Longer, and what was approved is
 /// about a cluster that has changed since.
 pub const APPROVAL_KEPT_MS: u64 = 24 * 3600 * 1000;
 /// Most approvals that one user may have waiting: a person has to read them.
-const WAITING_MAX: usize = 50;
+pub(crate) const WAITING_MAX: usize = 50;
 /// What is shown of a query, at most, in characters.
 const REQUEST_CHARS_MAX: usize = 500;
 
@@ -75,10 +78,10 @@ pub fn hash_of<E: Endpoint>(user: &UserPrincipal, resource: &Resource, input: &I
 ///
 /// # Errors
 /// [`ProblemCode::ApprovalNeeded`], naming the approval that it waits for.
-pub async fn pass(cluster: &Cluster, wanted: &Wanted<'_>) -> Result<ApprovalId, Problem> {
-    let now = cluster.clock.now();
+pub async fn pass(gate: &Gate, wanted: &Wanted<'_>) -> Result<ApprovalId, Problem> {
+    let (cluster, now) = (&*gate.cluster, gate.policies.now());
     if !wanted.dry_run
-        && let Some(id) = use_up(cluster, wanted, now).await?
+        && let Some(id) = use_up(gate, wanted, now).await?
     {
         return Ok(id);
     }
@@ -93,14 +96,20 @@ fn is_this(approval: &Approval, wanted: &Wanted<'_>, now: Timestamp) -> bool {
         && now < approval.expires_at
 }
 
-async fn use_up(
-    cluster: &Cluster,
-    wanted: &Wanted<'_>,
-    now: Timestamp,
-) -> Result<Option<ApprovalId>, Problem> {
+/// Whether who approved could still do so: one who has lost that right may have lost it for a reason.
+fn still_decides(gate: &Gate, approval: &Approval) -> bool {
+    let approver = approval.approver.as_ref().and_then(|id| gate.cluster.records.get::<User>(id.as_str()));
+    approver.filter(|user| !user.disabled).is_some_and(|user| {
+        let resource = approval_resource(&gate.cluster, approval);
+        gate.policies.look(&Principal::as_if(&user), Action::ApprovalDecide, &resource, false).allowed
+    })
+}
+
+async fn use_up(gate: &Gate, wanted: &Wanted<'_>, now: Timestamp) -> Result<Option<ApprovalId>, Problem> {
     let good = |one: &Approval| one.state == ApprovalState::Approved && is_this(one, wanted, now);
-    let Some(row) = cluster.records.list_where::<Approval>(good).into_iter().next() else { return Ok(None) };
-    let used = cluster.records.update::<Approval, Problem>(&row.id, |approval| {
+    let approved = gate.cluster.records.list_where::<Approval>(good);
+    let Some(row) = approved.into_iter().find(|row| still_decides(gate, row)) else { return Ok(None) };
+    let used = gate.cluster.records.update::<Approval, Problem>(&row.id, |approval| {
         if !good(approval) {
             return Err(needed(wanted, None));
         }
@@ -113,14 +122,8 @@ async fn use_up(
 async fn wait_for(cluster: &Cluster, wanted: &Wanted<'_>, now: Timestamp) -> Result<ApprovalId, Problem> {
     // Two of the same request at once must wait for one approval.
     let _deciding = cluster.deciding().await;
-    let waits = |one: &Approval| one.state == ApprovalState::Pending && now < one.expires_at;
-    let mine = cluster.records.list_where::<Approval>(|one| one.requested_by == wanted.user.id && waits(one));
-    if let Some(known) = mine.iter().find(|row| is_this(row, wanted, now)) {
+    if let Some(known) = waiting(cluster, wanted.user, now, |one| is_this(one, wanted, now))? {
         return Ok(known.value.id.clone());
-    }
-    if mine.len() >= WAITING_MAX {
-        let message = format!("{WAITING_MAX} requests of {} wait for approval already", wanted.user.name);
-        return Err(Problem::new(ProblemCode::Busy, message));
     }
     let approval = Approval {
         id: ApprovalId::from_entropy(cluster.entropy.id()),
@@ -135,6 +138,7 @@ async fn wait_for(cluster: &Cluster, wanted: &Wanted<'_>, now: Timestamp) -> Res
         grant: None,
         state: ApprovalState::Pending,
         decided_by: None,
+        approver: None,
         created_at: now,
         expires_at: now.plus_millis(APPROVAL_KEPT_MS),
     };
@@ -142,6 +146,27 @@ async fn wait_for(cluster: &Cluster, wanted: &Wanted<'_>, now: Timestamp) -> Res
     transaction.create(&approval);
     cluster.records.commit(transaction).await?;
     Ok(approval.id)
+}
+
+/// The user's request that waits already and is the one meant; none: there is room for another.
+///
+/// # Errors
+/// [`ProblemCode::Busy`] when there is no room.
+pub(crate) fn waiting(
+    cluster: &Cluster,
+    user: &UserPrincipal,
+    now: Timestamp,
+    is_meant: impl Fn(&Approval) -> bool,
+) -> Result<Option<Arc<Row<Approval>>>, Problem> {
+    let waits = |one: &Approval| one.state == ApprovalState::Pending && now < one.expires_at;
+    let mine = cluster.records.list_where::<Approval>(|one| one.requested_by == user.id && waits(one));
+    let count = mine.len();
+    let known = mine.into_iter().find(|row| is_meant(row));
+    if known.is_none() && count >= WAITING_MAX {
+        let message = format!("{WAITING_MAX} requests of {} wait for approval already", user.name);
+        return Err(Problem::new(ProblemCode::Busy, message));
+    }
+    Ok(known)
 }
 
 fn needed(wanted: &Wanted<'_>, id: Option<&ApprovalId>) -> Problem {

@@ -334,9 +334,19 @@ pub(super) fn host(cluster: &Cluster, name: &str) -> Result<Located<TheHost>, Pr
     Ok(Located { resource: host_resource(&found), target: TheHost(found) })
 }
 
-/// An image by id or name.
+/// An image by id, `segment/name` or name.
 pub(super) fn image(cluster: &Cluster, name: &str) -> Result<Located<TheImage>, Problem> {
     let found = cluster.records.find_image(name)?;
+    Ok(Located { resource: image_resource(cluster, &found), target: TheImage(found) })
+}
+
+/// The image that a text means in a segment.
+pub(super) fn image_for(
+    cluster: &Cluster,
+    segment: &SegmentId,
+    name: &str,
+) -> Result<Located<TheImage>, Problem> {
+    let found = cluster.records.find_image_for(segment, name)?;
     Ok(Located { resource: image_resource(cluster, &found), target: TheImage(found) })
 }
 
@@ -382,7 +392,7 @@ pub fn image_resource(cluster: &Cluster, image: &Image) -> Resource {
         Some(segment) => segment_resource(cluster, segment),
         None => Resource::cluster(),
     };
-    Resource::inside(parent, ResourceKind::Image, image.id.as_str(), image.name.as_str())
+    Resource::inside(parent, ResourceKind::Image, image.id.as_str(), &cluster.records.full_name_of(image))
         .with("for_all", Attribute::Flag(image.segment.is_none()))
 }
 

@@ -2,13 +2,20 @@
 
 pub mod access;
 mod audit;
+mod classes;
 mod coverage;
 mod enrolment;
+mod four_eyes;
 mod hangups;
 mod login;
 mod login_walk;
+mod matrix;
+mod names;
 mod nonsense;
+mod quotas;
+mod races;
 mod reading;
 pub(crate) mod support;
 mod tokens;
 mod uploads;
+pub(crate) mod world;

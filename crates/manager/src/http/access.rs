@@ -5,9 +5,9 @@ use std::sync::Arc;
 use berth_api::manager::{Holder, Holding, Page, Team, User, WhatCan, WhoCan};
 use berth_model::access::Action;
 use berth_model::name::Name;
-use berth_model::{Problem, ProblemCode, TokenId};
+use berth_model::{Problem, ProblemCode};
 
-use crate::auth::{Principal, UserPrincipal};
+use crate::auth::Principal;
 use crate::door::target::{TheCluster, TheNamed, user};
 use crate::door::{Answer, Call, Ctx, Door};
 use crate::policy::book::{Book, Held, Slice};
@@ -38,7 +38,7 @@ async fn who_can(call: Call<WhoCan, TheNamed>) -> Result<Answer<Page<Holder>>, P
     let book = policies.book().map_err(failed)?;
     let mut items = Vec::new();
     for row in ctx.cluster().records.list::<User>().into_iter().filter(|row| !row.disabled) {
-        let decision = policies.look(&as_if(&row), action, resource, true);
+        let decision = policies.look(&Principal::as_if(&row), action, resource, true);
         if decision.allowed {
             let until = decision.by.iter().map(|id| book.grant(id).and_then(|held| held.grant.until));
             // It lasts as long as what lasts longest; what has no end is above all that has one.
@@ -48,18 +48,6 @@ async fn who_can(call: Call<WhoCan, TheNamed>) -> Result<Answer<Page<Holder>>, P
     }
     items.sort_by(|a, b| a.user.cmp(&b.user));
     Ok(Answer::new(Page { items, next_cursor: None }))
-}
-
-fn as_if(user: &Row<User>) -> Principal {
-    Principal::User(UserPrincipal {
-        id: user.value.id.clone(),
-        name: user.name.clone(),
-        token: TokenId::from_entropy([0; 10]),
-        kind: berth_api::manager::TokenKind::Session,
-        method: "session".to_owned(),
-        second_factor: true,
-        scope: None,
-    })
 }
 
 async fn what_can(call: Call<WhatCan, TheCluster>) -> Result<Answer<Page<Holding>>, Problem> {

@@ -33,6 +33,8 @@ async fn show_all(call: Call<ApprovalList, TheCluster>) -> Result<Answer<Page<Ap
 
 async fn approve(call: Call<ApprovalApprove, TheApproval>) -> Result<Answer<Approval>, Problem> {
     let ctx = &call.ctx;
+    // A grant may come of it: what its role has, and that its segment is there, must stay so until it is written down.
+    let _deciding = ctx.cluster().deciding().await;
     let row = undecided(ctx, &call.target.0)?;
     let mut transaction = Transaction::new();
     let mut decided = decided(ctx, &row, ApprovalState::Approved)?;
@@ -74,6 +76,7 @@ fn decided(ctx: &Ctx, row: &Row<Approval>, state: ApprovalState) -> Result<Appro
     let mut approval = row.value.clone();
     approval.state = state;
     approval.decided_by = Some(ctx.user()?.name.clone());
+    approval.approver = Some(ctx.user()?.id.clone()).filter(|_| state == ApprovalState::Approved);
     Ok(approval)
 }
 

@@ -2,7 +2,7 @@
 
 use berth_api::manager::{
     Approval, ApprovalState, CreateGrant, Grant, GrantCreate, GrantDelete, GrantList, GrantRequest, Page,
-    RequestGrant,
+    RequestGrant, Segment, User,
 };
 use berth_model::access::Action;
 use berth_model::name::Name;
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::{list, role};
 use crate::auth::accounts;
 use crate::cluster::Cluster;
-use crate::door::second_person::APPROVAL_KEPT_MS;
+use crate::door::second_person::{self, APPROVAL_KEPT_MS};
 use crate::door::target::access::grant_resource;
 use crate::door::target::{self, GrantedIn, TheCluster, TheGrant, TheList};
 use crate::door::{Answer, Call, Ctx, Door};
@@ -175,9 +175,16 @@ async fn request(call: Call<GrantRequest, TheCluster>) -> Result<Answer<Approval
         grant: Some(resolved),
         state: ApprovalState::Pending,
         decided_by: None,
+        approver: None,
         created_at: now,
         expires_at: now.plus_millis(APPROVAL_KEPT_MS),
     };
+    let _deciding = cluster.deciding().await;
+    if let Some(known) = second_person::waiting(cluster, user, now, |one| {
+        one.grant.is_some() && one.request_sha256 == approval.request_sha256
+    })? {
+        return Ok(Answer::new(known.value.clone()).at(known.revision));
+    }
     let mut transaction = Transaction::new();
     transaction.create(&approval);
     cluster.records.commit(transaction).await?;
@@ -189,6 +196,14 @@ pub(super) fn granted(ctx: &Ctx, approval: &Approval, wish: &RequestGrant) -> Re
     let (cluster, now) = (ctx.cluster(), ctx.now());
     let role = role_of(cluster, &wish.role)?;
     let until = Some(now.plus_millis(wish.for_s * 1000));
+    if let Some(gone) =
+        approval.segment.as_ref().filter(|id| cluster.records.get::<Segment>(id.as_str()).is_none())
+    {
+        return Err(Problem::not_found("segment", gone));
+    }
+    if cluster.records.get::<User>(approval.requested_by.as_str()).is_none() {
+        return Err(Problem::not_found("user", &approval.requester));
+    }
     may_give(ctx, &role, approval.segment.clone(), until)?;
     Ok(Grant {
         id: GrantId::from_entropy(cluster.entropy.id()),

@@ -64,19 +64,17 @@ pub fn mount(door: Door) -> Door {
 async fn show_all(call: Call<ImageList, TheList>) -> Result<Answer<Page<Image>>, Problem> {
     let (cluster, visible) = (call.ctx.cluster(), call.ctx.visible(Action::ImageView));
     let mut all = cluster.records.list::<Image>();
-    // Images without a segment are for all: a fixed policy says so.
+    // Images without a segment are for all: a fixed policy says so, and a written one may forbid it.
     all.retain(|row| {
-        row.segment.is_none() || visible.shows(row.segment.as_ref(), || target::image_resource(cluster, row))
+        let resource = || target::image_resource(cluster, row);
+        visible.shows(row.segment.as_ref(), resource)
+            || (row.segment.is_none() && visible.asks_about(&resource()))
     });
-    all.sort_by(|a, b| a.name.cmp(&b.name));
+    // Several segments may have one of the same name.
+    let key = |row: &Arc<Row<Image>>| format!("{} {}", row.name, row.id);
+    all.sort_by_key(key);
     let query = &call.input.query;
-    let page = list::page(
-        &all,
-        query.limit,
-        query.cursor.as_deref(),
-        |row| row.value.name.to_string(),
-        |row| row.value.clone(),
-    )?;
+    let page = list::page(&all, query.limit, query.cursor.as_deref(), key, |row| row.value.clone())?;
     Ok(Answer::new(page))
 }
 
@@ -103,7 +101,7 @@ async fn create(call: Call<ImageCreate, ForImage>) -> Result<Answer<Image>, Prob
     let mut transaction = Transaction::new();
     transaction.create(&image);
     transaction.create(&ImageUpload { image: image.id.clone(), pool, pool_uuid: None });
-    transaction.claim(&UniqueName::in_cluster(Image::NOUN, &image.name), image.id.as_str());
+    transaction.claim(&UniqueName::image(image.segment.as_ref(), &image.name), image.id.as_str());
     cluster.records.commit(transaction).await?;
     Ok(Answer::new(image))
 }

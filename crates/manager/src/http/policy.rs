@@ -8,6 +8,7 @@ use berth_model::access::Action;
 use berth_model::{PolicyId, Problem, ProblemCode};
 
 use super::list;
+use crate::door::target::access::policy_resource;
 use crate::door::target::{TheCluster, ThePolicy};
 use crate::door::{Answer, Call, Ctx, Door};
 use crate::policy::PolicyError;
@@ -27,7 +28,9 @@ pub fn mount(door: Door) -> Door {
 
 async fn show_all(call: Call<PolicyList, TheCluster>) -> Result<Answer<Page<Policy>>, Problem> {
     let query = &call.input.query;
-    let all = call.ctx.cluster().records.list::<Policy>();
+    let visible = call.ctx.visible(Action::PolicyView);
+    let mut all = call.ctx.cluster().records.list::<Policy>();
+    all.retain(|row| visible.shows(None, || policy_resource(row)));
     let page = list::page(
         &all,
         query.limit,

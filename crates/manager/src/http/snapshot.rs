@@ -4,6 +4,7 @@ use berth_api::manager::{
     OperationRef, Page, SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotPin, SnapshotShow,
     SnapshotUnpin,
 };
+use berth_model::access::Action;
 use berth_model::operation::OperationKind;
 use berth_model::snapshot::{Snapshot, SnapshotKind};
 use berth_model::vm::Vm;
@@ -11,9 +12,10 @@ use berth_model::{Problem, ProblemCode};
 
 use super::{list, operation};
 use crate::cluster::Cluster;
-use crate::door::target::{TheSnapshot, TheVm};
+use crate::door::target::{TheSnapshot, TheVm, vm_resource};
 use crate::door::{Answer, Call, Door};
 use crate::operations::{Begin, OperationRequest};
+use crate::policy::Resource;
 use crate::records::{RecordsError, Transaction};
 
 /// Longest note on a snapshot, in characters.
@@ -26,7 +28,13 @@ pub fn mount(door: Door) -> Door {
 
 async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
     let query = &call.input.query;
-    let all = call.ctx.cluster().records.snapshots_of(&call.target.0.value.id);
+    let (cluster, TheVm(vm)) = (call.ctx.cluster(), &call.target);
+    let visible = call.ctx.visible(Action::SnapshotView);
+    let mut all = cluster.records.snapshots_of(&vm.value.id);
+    let is_last = all.len() == 1;
+    all.retain(|row| {
+        visible.shows(Some(&vm.segment), || Resource::snapshot(vm_resource(cluster, vm), vm, row, is_last))
+    });
     let page = list::page(
         &all,
         query.limit,
@@ -63,7 +71,10 @@ async fn delete(call: Call<SnapshotDelete, TheSnapshot>) -> Result<Answer<Operat
     let TheSnapshot { vm, snapshot } = call.target;
     let request =
         OperationRequest::SnapshotDelete { vm: vm.value.id.clone(), snapshot: snapshot.value.id.clone() };
-    let begin = Begin { approved: call.ctx.approved, ..Begin::new(call.ctx.actor(), request) };
+    // Whether it is the last one was looked at for this state of the VM: two deletions at once must not both be allowed
+    // because each saw the other's snapshot.
+    let if_match = Some(vm.revision);
+    let begin = Begin { if_match, approved: call.ctx.approved, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await
 }
 

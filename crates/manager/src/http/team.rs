@@ -164,6 +164,10 @@ async fn update(call: Call<TeamUpdate, TheTeam>) -> Result<Answer<Team>, Problem
         }
         policies.may_give(&ctx.principal, &worth)?;
     }
+    if changed.members != row.members || changed.external_groups != row.external_groups {
+        let policies = &ctx.gate().policies;
+        policies.may_give(&ctx.principal, &policies.policies_on_team(&row.value.id)?)?;
+    }
     let mut transaction = Transaction::new();
     if changed.name != row.name {
         transaction.claim(&UniqueName::in_cluster(Team::NOUN, &changed.name), &row.id);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use berth_api::manager::{
     CreateToken, NewToken, Page, Scope, Token, TokenCreate, TokenDelete, TokenKind, TokenList, User,
 };
-use berth_model::Problem;
 use berth_model::access::Action;
+use berth_model::{Problem, ProblemCode};
 
 use super::list;
 use crate::auth::accounts::{self, TokenRow};
@@ -14,6 +14,9 @@ use crate::door::target::{self, TheCluster, TheList, TheToken};
 use crate::door::{Answer, Call, Ctx, Door};
 use crate::policy::{Resource, ResourceKind};
 use crate::records::{Row, Transaction};
+
+/// Most tokens of one user. Everybody may make tokens, and each is kept until it is revoked.
+pub(crate) const TOKENS_MAX: usize = 500;
 
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
@@ -25,7 +28,10 @@ async fn show_all(call: Call<TokenList, TheList>) -> Result<Answer<Page<Token>>,
     let me = ctx.user()?.id.clone();
     let visible = ctx.visible(Action::UserView);
     let mut all = ctx.cluster().records.list::<TokenRow>();
-    all.retain(|row| row.token.user == me || visible.shows(None, || target::token_resource(&row.token)));
+    all.retain(|row| {
+        let resource = || target::token_resource(&row.token);
+        visible.shows(None, resource) || (row.token.user == me && visible.asks_about(&resource()))
+    });
     let page = list::page(
         &all,
         query.limit,
@@ -43,6 +49,15 @@ async fn create(call: Call<TokenCreate, TheCluster>) -> Result<Answer<NewToken>,
     let _deciding = cluster.deciding().await;
     let user = owner(ctx, wish)?;
     let scope = scope_of(ctx, wish)?;
+    let known = cluster.records.list_where::<TokenRow>(|row| row.token.user == user.value.id).len();
+    if known >= TOKENS_MAX {
+        let message = format!("{} has {known} tokens already: revoke some first", user.name);
+        return Err(Problem::new(ProblemCode::Busy, message).at(
+            "user",
+            &user.name,
+            "a user with fewer tokens",
+        ));
+    }
     let (row, new) =
         accounts::new_token(&user.value.id, TokenKind::Token, scope, wish, &*cluster.entropy, ctx.now())?;
     let mut transaction = Transaction::new();

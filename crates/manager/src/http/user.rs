@@ -2,11 +2,13 @@
 
 use berth_api::manager::{Page, User, UserCreate, UserDelete, UserList, UserShow};
 use berth_model::Problem;
+use berth_model::access::Action;
 
 use super::list;
 use crate::auth::accounts;
 use crate::door::target::{TheCluster, TheUser};
 use crate::door::{Answer, Call, Door};
+use crate::policy::{Resource, ResourceKind};
 
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
@@ -14,7 +16,11 @@ pub fn mount(door: Door) -> Door {
 }
 
 async fn show_all(call: Call<UserList, TheCluster>) -> Result<Answer<Page<User>>, Problem> {
+    let visible = call.ctx.visible(Action::UserView);
     let mut all = call.ctx.cluster().records.list::<User>();
+    all.retain(|row| {
+        visible.shows(None, || Resource::of_cluster(ResourceKind::User, &row.id, row.name.as_str()))
+    });
     all.sort_by(|a, b| a.name.cmp(&b.name));
     let query = &call.input.query;
     let page = list::page(

@@ -67,7 +67,7 @@ async fn create(call: Call<VmCreate, IntoSegment>) -> Result<Answer<OperationRef
     if let Some(seconds) = wish.ready_timeout_s {
         check_wait("ready_timeout_s", seconds)?;
     }
-    let image = ctx.image(&wish.image, Action::ImageView)?.0;
+    let image = ctx.image_for(&segment.value.id, &wish.image, Action::ImageView)?.0;
     if image.segment.as_ref().is_some_and(|only| *only != segment.value.id) {
         return Err(Problem::field(
             "image",
@@ -177,8 +177,7 @@ async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
     if let Some(seconds) = wish.ready_timeout_s {
         check_wait("ready_timeout_s", seconds)?;
     }
-    let changes_class = wish.class.as_ref().is_some_and(|class| *class != vm.spec.class);
-    if changes_class || (vm.spec.protected && wish.protected == Some(false)) {
+    if lifts_guards(wish, vm) {
         // What guards look at is not for everybody who may configure.
         call.ctx.require(Action::VmClassify, &target::vm_resource(call.ctx.cluster(), vm))?;
     }
@@ -193,8 +192,12 @@ async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
     }
     if if_match.is_none() {
         let row = records
-            .update::<Vm, RecordsError>(vm.value.id.as_str(), |vm| {
-                apply(wish, vm);
+            .update::<Vm, Problem>(vm.value.id.as_str(), |now| {
+                // Somebody may have put a guard up since it was looked at.
+                if lifts_guards(wish, now) && !lifts_guards(wish, vm) {
+                    return Err(has_changed(now));
+                }
+                apply(wish, now);
                 Ok(())
             })
             .await?;
@@ -212,6 +215,12 @@ async fn update(call: Call<VmUpdate, TheVm>) -> Result<Answer<Vm>, Problem> {
     }
     let row = records.require::<Vm>(vm.value.id.as_str())?;
     Ok(Answer::new(row.value.clone()).at(row.revision))
+}
+
+/// Whether a change takes from a VM what guards look at.
+fn lifts_guards(wish: &UpdateVm, vm: &Vm) -> bool {
+    wish.class.as_ref().is_some_and(|class| *class != vm.spec.class)
+        || (vm.spec.protected && wish.protected == Some(false))
 }
 
 fn apply(wish: &UpdateVm, vm: &mut Vm) {

@@ -9,7 +9,7 @@
 //! these, a question about an action is asked only of those that are about that action, and the others' long lists of
 //! actions are not looked through: a decision costs a fifth of what it would.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_api::manager::{ExternalGroup, Grant, Policy as PolicyRecord, Role, Segment, Team, User};
@@ -229,7 +229,9 @@ impl Book {
 
     /// A segment and all inside it, however deep.
     pub fn segments_within(&self, segment: &SegmentId) -> HashSet<SegmentId> {
-        self.segments.keys().filter(|id| self.segment_chain(id).contains(segment)).cloned().collect()
+        let inside = self.segments.keys().filter(|id| self.segment_chain(id).contains(segment)).cloned();
+        // Itself also when it is gone: what is left of it, as its operations, is still in it.
+        inside.chain([segment.clone()]).collect()
     }
 
     /// The grants that a team has itself.
@@ -250,6 +252,13 @@ impl Book {
     /// The policies that somebody wrote, and that count.
     pub fn customs(&self) -> &[Custom] {
         &self.customs
+    }
+
+    /// What the policies that somebody wrote and that name one of these users or teams are about. Who is in a team or
+    /// not matters to a policy only if it names the team: nothing that policies can read leads there otherwise.
+    pub fn actions_hung_on(&self, ids: &[&str]) -> BTreeSet<Action> {
+        let parts = self.customs.iter().flat_map(|custom| &custom.parts);
+        parts.filter(|policy| names_one_of(policy, ids)).flat_map(actions_of).collect()
     }
 
     /// The policy that holds everywhere, of this id.
@@ -385,6 +394,14 @@ fn permit(who: &str, action: &str, place: &str, until: Option<Timestamp>) -> Str
         None => String::new(),
     };
     format!("permit ({who}, {action}, {place}){until};")
+}
+
+/// In Cedar's own form of a policy, in which every id stands as it is. A policy that has no such form counts.
+fn names_one_of(policy: &Policy, ids: &[&str]) -> bool {
+    policy.to_json().map_or(true, |json| {
+        let text = json.to_string();
+        ids.iter().any(|id| text.contains(id))
+    })
 }
 
 fn custom(engine: &Engine, record: Arc<Row<PolicyRecord>>) -> Result<Custom, PolicyError> {

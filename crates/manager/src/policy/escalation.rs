@@ -4,7 +4,7 @@
 //! holds for whatever comes to the same: to let somebody into a team (which then has the team's grants), to put a team
 //! into another, to add actions to a role that is granted somewhere, to make a token or set a password for somebody
 //! (whose rights one could then use). What one holds is counted by grants alone: a right that comes from a written
-//! policy can be used and not passed on.
+//! policy can be used and not passed on. What is given counts such policies as well, if they name the user or the team.
 
 use berth_api::manager::{Scope, User};
 use berth_model::access::Action;
@@ -13,6 +13,7 @@ use berth_model::{Problem, ProblemCode, SegmentId, TeamId, Timestamp};
 use super::book::{Book, Held};
 use super::{Policies, PolicyError};
 use crate::auth::{Principal, UserPrincipal};
+use crate::door::target::segment_resource;
 use crate::records::Row;
 
 /// Something that would be given.
@@ -40,7 +41,7 @@ impl Policies {
     pub fn may_give(&self, giver: &Principal, gifts: &[Gift]) -> Result<(), Problem> {
         let failed = |error: PolicyError| Problem::new(ProblemCode::Internal, error.to_string());
         let book = self.book().map_err(failed)?;
-        let now = self.cluster.clock.now();
+        let now = self.now();
         let slice = self.slice(&book, giver);
         let grants = slice.as_ref().map(|slice| slice.grants.as_slice()).unwrap_or_default();
         let live: Vec<&Held> = grants.iter().map(AsRef::as_ref).filter(|held| held.is_live(now)).collect();
@@ -49,7 +50,7 @@ impl Policies {
                 if !in_scope(&book, giver, *action, gift)
                     || !live.iter().any(|held| covers(&book, held, *action, gift))
                 {
-                    return Err(lacking(&book, giver, *action, gift));
+                    return Err(self.lacking(&book, giver, *action, gift));
                 }
             }
         }
@@ -64,7 +65,10 @@ impl Policies {
         let failed = |error: PolicyError| Problem::new(ProblemCode::Internal, error.to_string());
         let book = self.book().map_err(failed)?;
         let slice = book.slice(user);
-        Ok(slice.grants.iter().map(|held| Gift::from(&**held)).collect())
+        let mut ids = vec![user.value.id.as_str()];
+        ids.extend(slice.teams.iter().map(TeamId::as_str));
+        let granted = slice.grants.iter().map(|held| Gift::from(&**held));
+        Ok(granted.chain(hung_on(&book, &ids)).collect())
     }
 
     /// All that membership in a team is worth.
@@ -76,8 +80,51 @@ impl Policies {
         let book = self.book().map_err(failed)?;
         let teams = book.team_chain(team);
         let grants = teams.iter().flat_map(|team| book.grants_of_team(team));
-        Ok(grants.map(|held| Gift::from(&**held)).collect())
+        let granted = grants.map(|held| Gift::from(&**held));
+        let ids: Vec<&str> = teams.iter().map(TeamId::as_str).collect();
+        Ok(granted.chain(hung_on(&book, &ids)).collect())
     }
+
+    /// What written policies make of membership in a team. A policy may give to those who are in it, or take from
+    /// them: so it counts both for who comes in and for who goes out.
+    ///
+    /// # Errors
+    /// When the policies can't be read.
+    pub fn policies_on_team(&self, team: &TeamId) -> Result<Vec<Gift>, Problem> {
+        let book = self.book().map_err(|error| Problem::new(ProblemCode::Internal, error.to_string()))?;
+        let teams = book.team_chain(team);
+        let ids: Vec<&str> = teams.iter().map(TeamId::as_str).collect();
+        Ok(hung_on(&book, &ids).into_iter().collect())
+    }
+
+    fn lacking(&self, book: &Book, giver: &Principal, action: Action, gift: &Gift) -> Problem {
+        let seen = |segment: &SegmentId| {
+            let resource = segment_resource(&self.cluster, segment);
+            self.look(giver, Action::SegmentView, &resource, false).allowed
+        };
+        let place = match &gift.segment {
+            Some(segment) if seen(segment) => format!("in segment {}", book.segment_name(segment)),
+            Some(_) => "in a segment that is not shown to it".to_owned(),
+            None => "in the whole cluster".to_owned(),
+        };
+        let until = gift.until.map_or_else(|| " for good".to_owned(), |until| format!(" until {until}"));
+        Problem::new(
+            ProblemCode::NotAllowed,
+            format!(
+                "{} can't give '{}' {place}{until}: only what one holds oneself can be given",
+                giver.actor(),
+                action.as_str()
+            ),
+        )
+    }
+}
+
+/// What written policies that name one of these are about, as something that would be given everywhere: where they
+/// give or take it, only their conditions know.
+fn hung_on(book: &Book, ids: &[&str]) -> Option<Gift> {
+    let actions = book.actions_hung_on(ids).into_iter().filter(|action| action.is_grantable());
+    let actions: Vec<Action> = actions.collect();
+    (!actions.is_empty()).then_some(Gift { actions, segment: None, until: None })
 }
 
 /// Whether one grant holds an action wherever and as long as the gift has it.
@@ -105,20 +152,4 @@ fn in_scope(book: &Book, giver: &Principal, action: Action, gift: &Gift) -> bool
         (Some(mine), Some(wanted)) => book.segment_chain(wanted).contains(mine),
     };
     segment_fits && actions.contains(&action)
-}
-
-fn lacking(book: &Book, giver: &Principal, action: Action, gift: &Gift) -> Problem {
-    let place = match &gift.segment {
-        Some(segment) => format!("in segment {}", book.segment_name(segment)),
-        None => "in the whole cluster".to_owned(),
-    };
-    let until = gift.until.map_or_else(|| " for good".to_owned(), |until| format!(" until {until}"));
-    Problem::new(
-        ProblemCode::NotAllowed,
-        format!(
-            "{} can't give '{}' {place}{until}: only what one holds oneself can be given",
-            giver.actor(),
-            action.as_str()
-        ),
-    )
 }

@@ -185,6 +185,11 @@ impl Resource {
         None
     }
 
+    /// Whether it is an image that is for all segments.
+    pub(super) fn is_for_all(&self) -> bool {
+        self.attributes.contains(&("for_all", Attribute::Flag(true)))
+    }
+
     /// Whether it is this segment, or in it, however deep.
     pub(super) fn is_within(&self, segment: &SegmentId) -> bool {
         let mut next = Some(self);

@@ -83,7 +83,7 @@ impl Policies {
     /// When it does not fit the schema.
     pub fn report(&self, policy: &Policy) -> Result<PolicyReport, PolicyError> {
         let book = self.book()?;
-        let (parts, now) = (custom_parts(&self.engine, policy)?, self.cluster.clock.now());
+        let (parts, now) = (custom_parts(&self.engine, policy)?, self.now());
         let (mut differences, mut errors, mut decisions) = (Vec::new(), Vec::new(), 0);
         let mut sets = HashMap::new();
         for asked in self.recent.all() {

@@ -1,3 +1,6 @@
+mod giving;
+mod lists;
+
 use std::collections::BTreeSet;
 
 use super::*;

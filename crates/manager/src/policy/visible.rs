@@ -68,6 +68,12 @@ impl Visible {
         self.reaches(segment)
     }
 
+    /// Whether it may see this very thing, by whatever permits it: for what fixed policies permit besides grants, like
+    /// one's own tokens.
+    pub fn asks_about(&self, resource: &Resource) -> bool {
+        self.gate.policies.look(&self.principal, self.action, resource, false).allowed
+    }
+
     /// Whether it may see all there is.
     pub fn is_everything(&self) -> bool {
         !self.is_touched && self.reach == Reach::Everywhere
@@ -86,7 +92,7 @@ impl Policies {
         if scope.is_some_and(|scope| !scope.actions.contains(&action)) {
             return Ok((nothing, false));
         }
-        let now = self.cluster.clock.now();
+        let now = self.now();
         let mut reach = Reach::Segments(HashSet::new());
         for held in slice.grants.iter().filter(|held| held.is_live(now) && held.actions.contains(&action)) {
             match (&mut reach, &held.grant.segment) {

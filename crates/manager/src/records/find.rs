@@ -43,12 +43,41 @@ impl Records {
         self.find_in_cluster(text, text.parse::<HostId>().is_ok())
     }
 
-    /// An image by its id or name.
+    /// An image by its id, by `segment/name`, or, if it is for all, by its name.
     ///
     /// # Errors
     /// That there is none.
     pub fn find_image(&self, text: &str) -> Result<Arc<Row<Image>>, Problem> {
-        self.find_in_cluster(text, text.parse::<ImageId>().is_ok())
+        let Some((segment, name)) = text.split_once('/') else {
+            return self.find_in_cluster(text, text.parse::<ImageId>().is_ok());
+        };
+        let missing = || Problem::not_found("image", text);
+        let segment = self.find_segment(segment).map_err(|_| missing())?;
+        let name: Name = name.parse().map_err(|_| missing())?;
+        self.image_named(Some(&segment.value.id), &name).ok_or_else(missing)
+    }
+
+    /// The image that a text means in a segment: one of the segment's own of that name, else as everywhere.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn find_image_for(&self, segment: &SegmentId, text: &str) -> Result<Arc<Row<Image>>, Problem> {
+        let name: Option<Name> = text.parse().ok();
+        let own = name.and_then(|name| self.image_named(Some(segment), &name));
+        own.map_or_else(|| self.find_image(text), Ok)
+    }
+
+    fn image_named(&self, segment: Option<&SegmentId>, name: &Name) -> Option<Arc<Row<Image>>> {
+        self.id_of(&UniqueName::image(segment, name)).and_then(|id| self.get(&id))
+    }
+
+    /// What people call an image: `segment/name`, or its name if it is for all.
+    pub fn full_name_of(&self, image: &Image) -> String {
+        let Some(segment) = &image.segment else { return image.name.to_string() };
+        match self.get::<Segment>(segment.as_str()) {
+            Some(row) => format!("{}/{}", row.name, image.name),
+            None => format!("{segment}/{}", image.name),
+        }
     }
 
     /// A segment by its id or name.

@@ -16,7 +16,7 @@ pub struct UniqueName {
 }
 
 impl UniqueName {
-    /// Of something that is unique in the cluster (`host`, `image`, `segment`, `user`).
+    /// Of something that is unique in the cluster (`host`, `segment`, `user`).
     pub fn in_cluster(noun: &'static str, name: &Name) -> Self {
         Self { noun, scope: CLUSTER.to_owned(), name: name.clone() }
     }
@@ -24,6 +24,13 @@ impl UniqueName {
     /// Of a VM, unique in its segment.
     pub fn vm(segment: &SegmentId, name: &Name) -> Self {
         Self { noun: "vm", scope: segment.to_string(), name: name.clone() }
+    }
+
+    /// Of an image: unique in its segment, or among those that are for all. Were it unique in the whole cluster, a name
+    /// that is taken would tell of images that one may not see.
+    pub fn image(segment: Option<&SegmentId>, name: &Name) -> Self {
+        let scope = segment.map_or_else(|| CLUSTER.to_owned(), ToString::to_string);
+        Self { noun: "image", scope, name: name.clone() }
     }
 
     /// Of a snapshot, unique among its VM's.

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use super::*;
 
 mod console;
+mod schemathesis;
 
 struct Running {
     address: String,

@@ -113,7 +113,7 @@ impl Workflow for DeleteImage {
         }
         unused(desk.cluster, image)?;
         Ok(Plan {
-            subject: row.name.to_string(),
+            subject: desk.cluster.records.full_name_of(&row),
             summary: format!("delete image {} from every pool", row.name),
             record: DeleteImageRecord { image: image.clone() },
             about: About::Image(row),
@@ -123,20 +123,13 @@ impl Workflow for DeleteImage {
 }
 
 fn unused(cluster: &Cluster, image: &ImageId) -> Result<(), Problem> {
-    let users: Vec<String> = cluster
-        .records
-        .list::<Vm>()
-        .iter()
-        .filter(|vm| vm.spec.image == *image)
-        .map(|vm| vm.full_name())
-        .collect();
-    match users.as_slice() {
-        [] => Ok(()),
-        [first, ..] => {
-            let message = format!("the disks of {} VMs stand on this image, {first} among them", users.len());
-            Err(Problem::new(ProblemCode::Protected, message))
-        }
+    // Not by name: they may be in segments that the caller knows nothing of.
+    let users = cluster.records.list_where::<Vm>(|vm| vm.spec.image == *image).len();
+    if users == 0 {
+        return Ok(());
     }
+    let message = format!("the disks of {users} VMs stand on this image");
+    Err(Problem::new(ProblemCode::Protected, message))
 }
 
 /// The slot is held now, so that what is seen here stays so.
@@ -181,7 +174,14 @@ async fn forget(run: &mut Run<DeleteImage>) -> Result<(), Problem> {
         let Some(image) = run.cluster.records.get::<Image>(run.record.image.as_str()) else { return Ok(()) };
         let mut transaction = Transaction::new();
         transaction.remove(&image);
-        transaction.release(&UniqueName::in_cluster("image", &image.name));
+        // An image that a segment had before names were its segment's own holds its name among those that are for all.
+        let mut names = vec![UniqueName::image(None, &image.name)];
+        names.extend(image.segment.iter().map(|segment| UniqueName::image(Some(segment), &image.name)));
+        for name in names {
+            if run.cluster.records.id_of(&name).is_some_and(|owner| owner == image.id) {
+                transaction.release(&name);
+            }
+        }
         match run.cluster.records.commit(transaction).await {
             Err(RecordsError::Conflict { .. }) => run.cluster.records.catch_up().await?,
             other => return other.map(drop).map_err(Into::into),

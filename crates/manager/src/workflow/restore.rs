@@ -23,6 +23,7 @@ use super::snapshot::{Capture, drop_files, keep, take, unkeep};
 use super::vm::{definition, look, reachable_host, settle};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
+use crate::quota::{self, Added};
 use crate::records::{Records, Row, Transaction};
 
 /// See the module's head.
@@ -45,6 +46,7 @@ pub struct RestoreRecord {
 impl Workflow for RestoreSnapshot {
     type Record = RestoreRecord;
     const KIND: OperationKind = OperationKind::SnapshotRestore;
+    const DECIDES: bool = true;
     const STEPS: &'static [Step<Self>] = &[
         step!("undo-snapshot", take_undo, drop_undo),
         step!("restore", restore, go_back; no_return),
@@ -58,6 +60,9 @@ impl Workflow for RestoreSnapshot {
         let snapshot = wanted(&desk.cluster.records, vm, wish.snapshot.as_deref())?;
         let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
         let undo = if running && !wish.no_undo {
+            // Whoever restores again and again must not fill what a segment may have: without an undo snapshot it
+            // takes nothing.
+            quota::check(desk.cluster, &vm.segment, &Added::snapshot(vm))?;
             let mut capture = Capture::new(desk.cluster, vm, SnapshotKind::Undo, None)?;
             capture.snapshot.note = format!("before the restore to {}", snapshot.name);
             let expires_at = capture.snapshot.created_at.plus_millis(UNDO_KEPT_MS);

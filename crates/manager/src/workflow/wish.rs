@@ -99,7 +99,7 @@ fn usable_image(
     wish: &CreateVm,
     segment: &Row<Segment>,
 ) -> Result<Arc<Row<Image>>, Problem> {
-    let image = cluster.records.find_image(&wish.image)?;
+    let image = cluster.records.find_image_for(&segment.value.id, &wish.image)?;
     if image.segment.as_ref().is_some_and(|owner| *owner != segment.value.id) {
         return Err(Problem::not_found("image", &wish.image));
     }

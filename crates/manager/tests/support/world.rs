@@ -227,7 +227,7 @@ impl World {
             arrived: vec![PartRole::Disk],
             created_at: self.clock.now(),
         };
-        transaction.claim(&UniqueName::in_cluster("image", &image.name), id.as_str());
+        transaction.claim(&UniqueName::image(image.segment.as_ref(), &image.name), id.as_str());
         transaction.create(&image);
         let place = ImagePlace { image: id.clone(), pool_uuid: pool_uuid.clone(), pool: default_pool() };
         transaction.create(&place);
@@ -382,7 +382,7 @@ impl World {
             expected.insert(UniqueName::in_cluster("segment", &segment.name).key(), segment.id.clone());
         }
         for image in cluster.records.list::<Image>() {
-            expected.insert(UniqueName::in_cluster("image", &image.name).key(), image.id.clone());
+            expected.insert(UniqueName::image(image.segment.as_ref(), &image.name).key(), image.id.clone());
         }
         for vm in cluster.records.list::<Vm>() {
             expected.insert(UniqueName::vm(&vm.segment, &vm.name).key(), vm.id.clone());

@@ -243,7 +243,7 @@ async fn what_is_protected_pinned_or_running_is_not_deleted() {
     let request = OperationRequest::ImageDelete { image: world.image.clone() };
     let problem = refused(&cluster, request).await;
     assert_eq!(problem.code, ProblemCode::Protected);
-    assert!(problem.message.contains("default/books"), "{problem}");
+    assert!(problem.message.contains("1 VMs"), "{problem}");
     done(&cluster, delete(true)).await;
     let request = OperationRequest::ImageDelete { image: world.image.clone() };
     done(&cluster, request).await;

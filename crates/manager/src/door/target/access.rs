@@ -79,10 +79,14 @@ impl<E: Endpoint<Path = PolicyPath>> Target<E> for ThePolicy {
     const KIND: ResourceKind = ResourceKind::Policy;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
         let policy = named::<Policy, PolicyId>(cluster, &input.path.policy)?;
-        let resource = Resource::of_cluster(ResourceKind::Policy, &policy.id, policy.name.as_str())
-            .with("active", Attribute::Flag(policy.active));
-        Ok(Located { resource, target: Self(policy) })
+        Ok(Located { resource: policy_resource(&policy), target: Self(policy) })
     }
+}
+
+/// A policy in the cluster.
+pub fn policy_resource(policy: &Policy) -> Resource {
+    Resource::of_cluster(ResourceKind::Policy, policy.id.as_str(), policy.name.as_str())
+        .with("active", Attribute::Flag(policy.active))
 }
 
 /// An approval that the path names.

@@ -24,7 +24,7 @@ use serde_json::Value;
 use tower::ServiceExt;
 
 use crate::agents::AgentConnector;
-use crate::auth::accounts;
+use crate::auth::accounts::{self, TokenRow};
 use crate::auth::session::SessionRow;
 use crate::clock::{Clock, Entropy, Sleep};
 use crate::cluster::{Cluster, Parts, Settings};
@@ -44,6 +44,11 @@ impl TestClock {
     pub fn advance(&self, by: Duration) {
         let millis = u64::try_from(by.as_millis()).expect("a test's time");
         self.ahead_ms.fetch_add(millis, Ordering::SeqCst);
+    }
+
+    pub fn set_back(&self, by: Duration) {
+        let millis = u64::try_from(by.as_millis()).expect("a test's time");
+        self.ahead_ms.fetch_sub(millis, Ordering::SeqCst);
     }
 }
 
@@ -202,7 +207,7 @@ impl Fixture {
         transaction.create(&host);
         transaction.claim(&UniqueName::in_cluster(Host::NOUN, &host.name), host.id.as_str());
         transaction.create(&image);
-        transaction.claim(&UniqueName::in_cluster(Image::NOUN, &image.name), image.id.as_str());
+        transaction.claim(&UniqueName::image(None, &image.name), image.id.as_str());
         transaction.create(&vm);
         transaction.claim(&UniqueName::vm(&segment.id, &vm.name), vm.id.as_str());
         self.cluster().records.commit(transaction).await.expect("recorded");
@@ -267,6 +272,12 @@ pub async fn answer_to(router: Router, mut request: Request<Body>, caller: Calle
     Got { status: parts.status, headers: parts.headers, body }
 }
 
+/// What makes a bearer secret a session.
+pub fn session_of(row: &TokenRow, now: Timestamp) -> SessionRow {
+    let address = [192, 0, 2, 1].into();
+    SessionRow { token: row.token.id.clone(), user: row.token.user.clone(), address, used_at: now }
+}
+
 /// A grant that is to be, of a role in a segment or everywhere.
 pub fn grant_of(cluster: &Cluster, user: &User, role: &str, segment: Option<&Segment>) -> Grant {
     Grant {
@@ -290,12 +301,7 @@ pub async fn add_user(cluster: &Cluster, name: &str, roles: &[&str]) -> String {
         accounts::new_token(&user.id, TokenKind::Session, None, &CreateToken::default(), entropy, now)
             .expect("in range");
     let mut transaction = Transaction::new();
-    transaction.create(&SessionRow {
-        token: row.token.id.clone(),
-        user: user.id.clone(),
-        address: [192, 0, 2, 1].into(),
-        used_at: now,
-    });
+    transaction.create(&session_of(&row, now));
     for role in roles {
         transaction.create(&grant_of(cluster, &user, role, None));
     }

@@ -1,0 +1,38 @@
+//! Random requests after the served API description: whatever comes, the manager has no fault of its own.
+
+use std::process::Stdio;
+
+use super::start;
+
+/// How long requests are made. Longer finds more; this goes through every route with its edge cases.
+const SECONDS: &str = "90";
+/// What the script exits with when Python is missing.
+const SKIPPED: i32 = 77;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_that_schemathesis_makes_up_is_answered_by_a_fault() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let running = start(dir.path()).await;
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, &running.ca_pem).expect("written");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let output = tokio::process::Command::new(root.join("scripts/schemathesis.sh"))
+        .arg(format!("https://{}", running.address))
+        .arg(&ca)
+        .arg(SECONDS)
+        .env("BERTH_TOKEN", running.secret.as_deref().expect("a first start"))
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .expect("the script starts");
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if output.status.code() == Some(SKIPPED) {
+        eprintln!("SKIPPED, and nothing is proved: {text}");
+        return;
+    }
+    println!("{text}");
+    assert!(output.status.success(), "it found faults");
+    running.end().await;
+}
