@@ -9,7 +9,7 @@ set -eu
 version=4.32.5
 url=$1 ca=$2 seconds=$3
 cd "$(dirname "$0")/.."
-venv=${CARGO_TARGET_DIR:-target}/schemathesis/$version
+venv=$(realpath --canonicalize-missing "${CARGO_TARGET_DIR:-target}")/schemathesis/$version
 
 if ! python3 -c 'import venv, ensurepip' 2> /dev/null; then
     echo "python3 with venv and pip is missing: scripts/deps.sh installs it" >&2
@@ -21,6 +21,9 @@ if ! [ -e "$venv/ready" ]; then
     "$venv/bin/pip" install --quiet --disable-pip-version-check "schemathesis==$version"
     touch "$venv/ready"
 fi
+
+# It keeps notes in the folder that it runs in.
+cd "$venv"
 
 # The wait for an operation, the longest of all answers, takes a minute; each of the routes gets its share of the time.
 exec "$venv/bin/schemathesis" --no-color run "$url/v1/openapi.json" \

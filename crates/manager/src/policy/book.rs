@@ -16,7 +16,7 @@ use berth_api::manager::{ExternalGroup, Grant, Policy as PolicyRecord, Role, Seg
 use berth_model::access::{Action, built_in_role};
 use berth_model::{GrantId, SegmentId, TeamId, Timestamp, UserId};
 use berth_store::Revision;
-use cedar_policy::{Policy, PolicySet};
+use cedar_policy::{Policy, PolicySet, PrincipalConstraint};
 use sha2::{Digest, Sha256};
 
 use super::engine::{Engine, POLICIES, PolicyError, SCHEMA, actions_of, permits, renamed};
@@ -81,6 +81,14 @@ pub struct Custom {
     pub record: Arc<Row<PolicyRecord>>,
     /// What it is made of, with the ids under which they decide.
     pub parts: Vec<Policy>,
+}
+
+/// A written policy that forbids something and names somebody.
+pub struct Guard {
+    /// What it forbids.
+    pub actions: BTreeSet<Action>,
+    /// It is about those whom it names and nobody else, rather than naming them in a condition.
+    pub is_against: bool,
 }
 
 /// What can matter to one user.
@@ -261,6 +269,15 @@ impl Book {
         parts.filter(|policy| names_one_of(policy, ids)).flat_map(actions_of).collect()
     }
 
+    /// The written policies that name one of these users or teams and forbid something.
+    pub fn guards_naming(&self, ids: &[&str]) -> Vec<Guard> {
+        let parts = self.customs.iter().flat_map(|custom| &custom.parts);
+        let naming = parts.filter(|policy| !permits(policy) && names_one_of(policy, ids));
+        naming
+            .map(|policy| Guard { actions: actions_of(policy), is_against: is_about_one_of(policy, ids) })
+            .collect()
+    }
+
     /// The policy that holds everywhere, of this id.
     pub fn fixed_policy(&self, id: &str) -> Option<&Policy> {
         self.fixed.iter().find(|policy| policy.id().to_string() == id)
@@ -402,6 +419,15 @@ fn names_one_of(policy: &Policy, ids: &[&str]) -> bool {
         let text = json.to_string();
         ids.iter().any(|id| text.contains(id))
     })
+}
+
+fn is_about_one_of(policy: &Policy, ids: &[&str]) -> bool {
+    match policy.principal_constraint() {
+        PrincipalConstraint::In(uid) | PrincipalConstraint::Eq(uid) | PrincipalConstraint::IsIn(_, uid) => {
+            ids.contains(&uid.id().unescaped())
+        }
+        PrincipalConstraint::Any | PrincipalConstraint::Is(_) => false,
+    }
 }
 
 fn custom(engine: &Engine, record: Arc<Row<PolicyRecord>>) -> Result<Custom, PolicyError> {

@@ -4,14 +4,15 @@
 //! holds for whatever comes to the same: to let somebody into a team (which then has the team's grants), to put a team
 //! into another, to add actions to a role that is granted somewhere, to make a token or set a password for somebody
 //! (whose rights one could then use). What one holds is counted by grants alone: a right that comes from a written
-//! policy can be used and not passed on. What is given counts such policies as well, if they name the user or the team.
+//! policy can be used and not passed on. What is given counts such policies as well, if they name the user or the team; and what such
+//! a policy keeps somebody from in person, it can't give either.
 
 use berth_api::manager::{Scope, User};
 use berth_model::access::Action;
 use berth_model::{Problem, ProblemCode, SegmentId, TeamId, Timestamp};
 
-use super::book::{Book, Held};
-use super::{Policies, PolicyError};
+use super::book::{Book, Guard, Held};
+use super::{Policies, PolicyError, Resource};
 use crate::auth::{Principal, UserPrincipal};
 use crate::door::target::segment_resource;
 use crate::records::Row;
@@ -45,16 +46,38 @@ impl Policies {
         let slice = self.slice(&book, giver);
         let grants = slice.as_ref().map(|slice| slice.grants.as_slice()).unwrap_or_default();
         let live: Vec<&Held> = grants.iter().map(AsRef::as_ref).filter(|held| held.is_live(now)).collect();
+        let mut ids: Vec<&str> = slice.iter().flat_map(|slice| &slice.teams).map(TeamId::as_str).collect();
+        if let Principal::User(user) = giver {
+            ids.push(user.id.as_str());
+        }
+        let guards = book.guards_naming(&ids);
         for gift in gifts.iter().filter(|gift| gift.until.is_none_or(|until| now < until)) {
             for action in &gift.actions {
                 if !in_scope(&book, giver, *action, gift)
                     || !live.iter().any(|held| covers(&book, held, *action, gift))
+                    || self.is_kept_from(&guards, giver, *action, gift)
                 {
                     return Err(self.lacking(&book, giver, *action, gift));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether a written policy keeps the giver in person from what was granted. Somebody else is not kept from it, so
+    /// it must not be passed on. What is forbidden to everybody can be given: it does them no good.
+    fn is_kept_from(&self, guards: &[Guard], giver: &Principal, action: Action, gift: &Gift) -> bool {
+        let mut naming = guards.iter().filter(|guard| guard.actions.contains(&action)).peekable();
+        if naming.peek().is_none() {
+            return false;
+        }
+        let place = match &gift.segment {
+            Some(segment) => segment_resource(&self.cluster, segment),
+            None => Resource::cluster(),
+        };
+        naming.any(|guard| guard.is_against)
+            || (self.engine.can_be_asked(giver, action, place.kind())
+                && !self.look(giver, action, &place, true).allowed)
     }
 
     /// All that a user's credentials are worth.

@@ -62,7 +62,10 @@ impl Workflow for RestoreSnapshot {
         let undo = if running && !wish.no_undo {
             // Whoever restores again and again must not fill what a segment may have: without an undo snapshot it
             // takes nothing.
-            quota::check(desk.cluster, &vm.segment, &Added::snapshot(vm))?;
+            quota::check(desk.cluster, &vm.segment, &Added::snapshot(vm)).map_err(|mut problem| {
+                problem.message.push_str("; without an undo snapshot (--no-undo) the restore can go on");
+                problem
+            })?;
             let mut capture = Capture::new(desk.cluster, vm, SnapshotKind::Undo, None)?;
             capture.snapshot.note = format!("before the restore to {}", snapshot.name);
             let expires_at = capture.snapshot.created_at.plus_millis(UNDO_KEPT_MS);

@@ -51,6 +51,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "LoginBegin" => (Strangers, "", r#"{"user":"x","password":"y"}"#),
         "LoginContinue" => (Strangers, "", r#"{"totp":"000000"}"#),
         "OwnPasswordChange" => (Proof, "", r#"{"old_password":"x","new_password":"y"}"#),
+        "Logout" => (Proof, "", ""),
         "OwnTotpRemove" => (Proof, "", r#"{"code":"000000"}"#),
         "OwnTotpEnrol" => (OneSelf, "", "{}"),
         "OwnTotpConfirm" => (OneSelf, "", r#"{"code":"000000"}"#),

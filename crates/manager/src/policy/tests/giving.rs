@@ -357,3 +357,26 @@ async fn a_policy_that_hangs_on_a_team_counts_for_who_lets_people_in_or_out() {
     );
     world.must(&world.fixture.admin, "PATCH", "/v1/teams/gifted", json!({"add_members": ["lead"]})).await;
 }
+
+/// Who is kept from something in person does not get around it by giving it to somebody else; what everybody is kept
+/// from may be given.
+#[tokio::test]
+async fn what_a_guard_keeps_one_from_in_person_one_does_not_give_to_others() {
+    let world = world::World::new().await;
+    let cluster = world.cluster();
+    let (user, session) = world::member(cluster, "bound", &[("admin", None)]).await;
+    let wish = json!({"user": "someone", "role": "operator", "segment": "own"});
+    let against = |who: &str| {
+        format!(
+            "forbid ({who}, action == Action::\"vm.start\", resource is Vm) when {{ resource.protected }};"
+        )
+    };
+    world::policy(cluster, "all", &against("principal"), true).await;
+    world.must(&session, "POST", "/v1/grants", wish.clone()).await;
+    world::policy(cluster, "one", &against(&format!("principal == User::\"{}\"", user.id)), true).await;
+    assert_eq!(world.refused(&session, "POST", "/v1/grants", wish.clone()).await, "not-allowed");
+    world
+        .must(&session, "POST", "/v1/grants", json!({"user": "someone", "role": "viewer", "segment": "own"}))
+        .await;
+    world.must(&world.fixture.admin, "POST", "/v1/grants", wish).await;
+}

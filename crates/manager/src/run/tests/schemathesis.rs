@@ -2,6 +2,9 @@
 
 use std::process::Stdio;
 
+use berth_api::endpoint::Nothing;
+use berth_api::manager::{AuditList, AuditListQuery};
+
 use super::start;
 
 /// How long requests are made. Longer finds more; this goes through every route with its edge cases.
@@ -34,5 +37,8 @@ async fn no_request_that_schemathesis_makes_up_is_answered_by_a_fault() {
     }
     println!("{text}");
     assert!(output.status.success(), "it found faults");
+    // Whatever was changed and deleted, the caller was an administrator to the end.
+    let audit = running.user().call::<AuditList>(&Nothing {}, &AuditListQuery::default(), &()).await;
+    assert!(audit.is_ok_and(|page| page.items.len() > 100), "the requests were let in and written down");
     running.end().await;
 }
