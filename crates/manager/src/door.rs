@@ -108,6 +108,15 @@ impl Gate {
         }
     }
 
+    /// What the policies say at first sight.
+    fn judge(&self, principal: &Principal, action: Action, resource: &Resource) -> Decision {
+        let decision = self.policies.decide(principal, action, resource, false);
+        if decision.failed {
+            self.metrics.policy_failed();
+        }
+        decision
+    }
+
     /// What somebody gets who is known and may not. It is the same whether the thing exists or not; who may see the
     /// thing is told what would allow it.
     pub fn not_allowed(&self, action: Action, principal: &Principal, resource: &Resource) -> Problem {
@@ -249,10 +258,7 @@ where
         Ok(located) => located.resource.clone(),
         Err(_) => Resource::absent(T::KIND, &named),
     };
-    let mut decision = gate.policies.decide(&principal, E::ACTION, &resource, false);
-    if decision.failed {
-        gate.metrics.policy_failed();
-    }
+    let mut decision = gate.judge(&principal, E::ACTION, &resource);
     let sha256 = match (&input, &located, &principal) {
         (Ok(input), Ok(_), Principal::User(user)) if decision.needs_approval.is_some() => {
             second_person::hash_of(user, &resource, input)
