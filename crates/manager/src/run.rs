@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use axum::Router;
 use berth_api::join::Fingerprint;
+use berth_api::manager::Approval;
 use berth_api::pki::PkiError;
 use berth_api::tls::TlsError;
 use berth_model::Problem;
@@ -334,7 +335,11 @@ async fn count_operations(cluster: Arc<Cluster>, metrics: Arc<Metrics>, from: Re
     }
 }
 
-/// Removes join tokens that are out of date, and history that nobody follows any more.
+/// How long approvals are shown after they have expired, in milliseconds: a week. What was approved is in the audit
+/// for good.
+const APPROVALS_SHOWN_MS: u64 = 7 * 24 * 3600 * 1000;
+
+/// Removes join tokens and approvals that are out of date, and history that nobody follows any more.
 async fn tidy(cluster: Arc<Cluster>) {
     let mut keep_from = None;
     loop {
@@ -352,8 +357,14 @@ async fn tidy(cluster: Arc<Cluster>) {
                 transaction.forget::<JoinTokenRow>(&row.id);
             }
         }
+        for row in cluster.records.list::<Approval>() {
+            let over = row.expires_at.plus_millis(APPROVALS_SHOWN_MS) < cluster.clock.now();
+            if over && !transaction.is_full() {
+                transaction.forget::<Approval>(&row.id);
+            }
+        }
         if let Err(error) = cluster.records.commit(transaction).await {
-            tracing::warn!(%error, "join tokens that are out of date can't be removed");
+            tracing::warn!(%error, "join tokens and approvals that are out of date can't be removed");
         }
         end_sessions(&cluster).await;
         cluster.clock.sleep(TIDY_EVERY).await;

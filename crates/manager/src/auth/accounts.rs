@@ -148,6 +148,11 @@ pub async fn delete_user(records: &Records, user: &Row<User>, now: Timestamp) ->
         transaction.forget::<TokenRow>(&token.id);
     }
     credential::forget(records, &mut transaction, &user.value.id);
+    for grant in records.list_where::<Grant>(|grant| grant.user.as_ref() == Some(&user.value.id)) {
+        if !transaction.is_full() {
+            transaction.forget::<Grant>(&grant.id);
+        }
+    }
     for session in session::sessions_of(records, &user.value.id) {
         if !transaction.is_full() {
             transaction.forget::<SessionRow>(&session.id);

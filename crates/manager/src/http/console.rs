@@ -12,6 +12,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use berth_api::agent::{AgentVmPath, ConsoleOpen};
 use berth_api::manager::VmConsole;
+use berth_model::access::Action;
 use berth_model::host::Host;
 use berth_model::vm::{Vm, VmState};
 use berth_model::{Problem, ProblemCode, VmId};
@@ -23,7 +24,7 @@ use tokio_tungstenite::tungstenite::protocol::{Message as AgentMessage, Role};
 
 use crate::auth::standing::Standing;
 use crate::cluster::Cluster;
-use crate::door::target::TheVm;
+use crate::door::target::{self, TheVm};
 use crate::door::{Call, Done, Door};
 
 /// How long to wait before the agent is asked again.
@@ -47,7 +48,12 @@ async fn open(mut call: Call<VmConsole, TheVm>) -> Result<Done, Problem> {
     })?;
     // The agent is asked first, so that what it has against it is an answer and not a connection that closes.
     let agent = attach(Arc::clone(&cluster), vm.clone()).await?;
-    let standing = Standing::of(Arc::clone(&cluster), call.ctx.principal.clone());
+    let resource = target::vm_resource(&cluster, &call.target.0);
+    let standing = Standing::of(Arc::clone(&cluster), call.ctx.principal.clone()).while_allowed(
+        Arc::clone(call.ctx.gate()),
+        Action::VmConsole,
+        resource,
+    );
     let (hand_over, handed_over) = oneshot::channel();
     let response = upgrade.max_message_size(MESSAGE_BYTES_MAX).on_upgrade(|socket| async move {
         // Nobody waits for it any more only when the manager is stopping.

@@ -100,7 +100,12 @@ async fn cancel(call: Call<OperationCancel, TheOperation>) -> Result<Answer<Oper
 
 async fn events(call: Call<OperationEvents, TheOperation>) -> Result<Done, Problem> {
     let receiver = call.ctx.cluster().operations.subscribe(&call.target.0.id)?;
-    let standing = Standing::of(Arc::clone(call.ctx.cluster()), call.ctx.principal.clone());
+    let resource = target::operation_resource(call.ctx.cluster(), &call.target.0);
+    let standing = Standing::of(Arc::clone(call.ctx.cluster()), call.ctx.principal.clone()).while_allowed(
+        Arc::clone(call.ctx.gate()),
+        Action::OperationView,
+        resource,
+    );
     let ended = Box::pin(async move { standing.ended().await });
     let mut response = Response::new(Body::from_stream(event_stream(receiver).take_until(ended)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));

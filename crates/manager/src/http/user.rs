@@ -6,7 +6,7 @@ use berth_model::access::Action;
 
 use super::list;
 use crate::auth::accounts;
-use crate::door::target::{TheCluster, TheUser};
+use crate::door::target::{TheCluster, TheList, TheUser};
 use crate::door::{Answer, Call, Door};
 use crate::policy::{Resource, ResourceKind};
 
@@ -15,11 +15,13 @@ pub fn mount(door: Door) -> Door {
     door.mount(show_all).mount(create).mount(show).mount(delete)
 }
 
-async fn show_all(call: Call<UserList, TheCluster>) -> Result<Answer<Page<User>>, Problem> {
+async fn show_all(call: Call<UserList, TheList>) -> Result<Answer<Page<User>>, Problem> {
     let visible = call.ctx.visible(Action::UserView);
     let mut all = call.ctx.cluster().records.list::<User>();
+    let me = call.ctx.user()?.id.clone();
     all.retain(|row| {
-        visible.shows(None, || Resource::of_cluster(ResourceKind::User, &row.id, row.name.as_str()))
+        row.value.id == me
+            || visible.shows(None, || Resource::of_cluster(ResourceKind::User, &row.id, row.name.as_str()))
     });
     all.sort_by(|a, b| a.name.cmp(&b.name));
     let query = &call.input.query;

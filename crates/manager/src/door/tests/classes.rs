@@ -376,7 +376,9 @@ async fn no_name_has_a_meaning_of_its_own() {
     let wish = json!({"name": "administrators", "members": ["admin"], "external_groups": [
         {"provider": "ldap", "group": "ESX Admins"}, {"provider": "ldap", "group": "Domain Admins"}]});
     world.must(&session, "POST", "/v1/teams", wish).await;
-    assert_eq!(world.refused(&late_session, "GET", "/v1/users", Value::Null).await, "not-allowed");
+    let seen = world.must(&late_session, "GET", "/v1/users", Value::Null).await;
+    assert_eq!(seen["items"].as_array().map(Vec::len), Some(1), "itself and nobody else: {seen}");
+    assert_eq!(world.refused(&late_session, "GET", "/v1/audit", Value::Null).await, "not-allowed");
     assert_ne!(late.id, second.id);
     // A role can't be called as a built-in one, so that nobody is misled, nor does a name that looks like one help.
     for called in ["admin", "viewer"] {

@@ -262,6 +262,35 @@ async fn a_deleted_user_leaves_nothing_to_log_in_with() {
 }
 
 #[tokio::test]
+async fn what_is_open_ends_when_the_grant_is_taken_away_that_it_was_opened_by() {
+    let fixture = Fixture::new().await;
+    let cluster = fixture.cluster();
+    let secret = super::support::add_user(cluster, "eve", &["configurator"]).await;
+    let bearer = secret.parse().expect("a bearer secret");
+    let user = crate::auth::accounts::authenticate(&cluster.records, &bearer, fixture.clock.now());
+    let principal = crate::auth::Principal::User(user.expect("good"));
+    let vm = cluster.records.find_vm("default/books").expect("there");
+    let resource = crate::door::target::vm_resource(cluster, &vm);
+    let gate = std::sync::Arc::clone(fixture.manager.gate());
+    let standing = crate::auth::standing::Standing::of(std::sync::Arc::clone(cluster), principal)
+        .while_allowed(gate, berth_model::access::Action::VmConsole, resource);
+    assert!(standing.is_good());
+    let ended = {
+        let standing = standing.clone();
+        tokio::spawn(async move { standing.ended().await })
+    };
+    tokio::task::yield_now().await;
+    assert!(!ended.is_finished());
+    let grants = cluster.records.list_where::<berth_api::manager::Grant>(|grant| grant.user.is_some());
+    for grant in grants {
+        let gone = fixture.admin("DELETE", &format!("/v1/grants/{}", grant.id), json!(null)).await;
+        assert_eq!(gone.status, 200, "{}", gone.json());
+    }
+    tokio::time::timeout(Duration::from_secs(20), ended).await.expect("in time").expect("ended");
+    assert!(!standing.is_good());
+}
+
+#[tokio::test]
 async fn a_session_that_is_revoked_or_over_ends_what_it_has_open() {
     let fixture = Fixture::new().await;
     let cluster = fixture.cluster();

@@ -60,8 +60,8 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "CanI" => (OneSelf, "?action=vm.view", ""),
         "TokenCreate" => (OneSelf, "", "{}"),
         "GrantRequest" => (OneSelf, "", r#"{"role":"viewer","for_s":60}"#),
-        "HostList" | "SegmentList" | "ImageList" | "VmList" | "OperationList" | "TokenList" | "TeamList"
-        | "GrantList" => (List, "", ""),
+        "HostList" | "UserList" | "SegmentList" | "ImageList" | "VmList" | "OperationList" | "TokenList"
+        | "TeamList" | "GrantList" => (List, "", ""),
         "AuditCheckpointShow" | "AuditKeyShow" | "AuditExport" => (Cluster, "", ""),
         "AuditInclusionShow" => (Cluster, "?sequence=0&size=1", ""),
         "AuditConsistencyShow" => (Cluster, "?from=1&to=1", ""),
@@ -69,7 +69,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "UserPasswordReset" => (Cluster, "", "{}"),
         "UserIdentityLink" => (Cluster, "", r#"{"source":"x","subject":"y"}"#),
         "UserIdentityUnlink" => (Cluster, "?identity=x", ""),
-        "MetricsShow" | "AuditList" | "UserList" | "PolicyList" | "HostShow" | "HostDelete" | "UserShow"
+        "MetricsShow" | "AuditList" | "PolicyList" | "HostShow" | "HostDelete" | "UserShow"
         | "UserDelete" | "TokenDelete" | "TeamShow" | "TeamDelete" | "RoleDelete" | "PolicyShow"
         | "PolicyActivate" | "PolicyDeactivate" | "PolicyDelete" => (Cluster, "", ""),
         "JoinTokenCreate" | "TeamUpdate" | "RoleUpdate" => (Cluster, "", "{}"),
