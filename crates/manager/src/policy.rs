@@ -213,12 +213,15 @@ impl Policies {
         let Principal::User(_) = principal else { return None };
         let sees = resource.kind() == ResourceKind::Cluster
             || self.look(principal, seeing(resource.kind())?, resource, false).allowed;
-        if !sees || resource.id() == resource::ABSENT_ID || !action.is_grantable() {
+        if !sees || resource.id() == resource::ABSENT_ID {
             return None;
         }
         let decision = self.look(principal, action, resource, false);
         if !decision.by.is_empty() || decision.reason != NOTHING_PERMITS {
             return Some(decision.reason);
+        }
+        if !action.is_grantable() {
+            return None;
         }
         let roles: Vec<&str> =
             BUILT_IN_ROLES.iter().filter(|role| role.has(action)).map(|role| role.name).collect();

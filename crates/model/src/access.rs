@@ -84,6 +84,8 @@ macro_rules! actions {
             fn from_str(text: &str) -> Result<Self, UnknownAction> {
                 match text {
                     $($text => Ok(Self::$name),)*
+                    // What people say who look for it among the things that are done to a VM.
+                    "vm.restore" => Ok(Self::SnapshotRestore),
                     _ => Err(UnknownAction { text: text.chars().take(64).collect() }),
                 }
             }
