@@ -136,7 +136,7 @@ impl SecretHash {
 
 impl fmt::Display for SecretHash {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(formatter, "{byte:02x}"))
+        formatter.write_str(&crate::digest::hex(&self.0))
     }
 }
 

@@ -28,6 +28,7 @@ pub mod agents;
 pub mod reconcile;
 
 pub mod clock;
+pub mod digest;
 pub mod metrics;
 
 pub use config::ManagerConfig;

@@ -196,7 +196,7 @@ impl Policies {
         self.cluster.records.get::<User>(user.id.as_str()).map(|row| book.slice(&row))
     }
 
-    /// The names of the teams that a user is in, directly or not.
+    /// The teams that a user is in, directly or not.
     pub fn teams_of(&self, user: &UserPrincipal) -> Vec<TeamId> {
         let Ok(book) = self.book() else { return Vec::new() };
         let row = self.cluster.records.get::<User>(user.id.as_str());
@@ -284,7 +284,7 @@ impl Policies {
     }
 
     /// `grant g-… (team ledger, role operator, segment accounting), until …`.
-    pub fn grant_text(&self, book: &Book, id: &str) -> String {
+    fn grant_text(&self, book: &Book, id: &str) -> String {
         let Some(held) = book.grant(id) else { return format!("grant {id}") };
         let grant = &held.grant.value;
         let who = match (&grant.team, &grant.user) {

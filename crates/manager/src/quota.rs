@@ -2,8 +2,8 @@
 //!
 //! They are looked at before anything is done, under the lock that everything is decided under that depends on sums,
 //! and count what is recorded, whether it runs or not. A VM that is to be must fit the quota of its segment and of
-//! every segment that this one is inside of. They are looked at again at a restore: what was allowed when the snapshot
-//! was taken may be too much today.
+//! every segment that this one is inside of. A restore brings no sizes back: a VM's specification is today's, whatever it
+//! was when the snapshot was taken; the undo snapshot that it takes first counts as any other.
 
 use std::collections::HashSet;
 

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::external::{External, SUBJECT_BYTES_MAX};
 use super::totp::Totp;
+use crate::digest::hex;
 use crate::records::{Record, Records, RecordsError, Row, Transaction};
 
 /// What a user proves who it is with, as it is kept.
@@ -112,7 +113,7 @@ impl IdentityRow {
         hasher.update((issuer.len() as u64).to_be_bytes());
         hasher.update(issuer);
         hasher.update(subject);
-        hasher.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hex(&hasher.finalize()[..16])
     }
 
     /// That this user is who a provider vouches for.

@@ -17,6 +17,7 @@ use ldap3::{
 
 use super::external::{External, SUBJECT_BYTES_MAX, tidy_groups};
 use super::settings::LdapSettings;
+use crate::digest::hex;
 
 /// How long one question may take.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -236,7 +237,7 @@ impl Directory {
         }
         let (_, binary) = entry.bin_attrs.iter().find(|(name, _)| name.eq_ignore_ascii_case(attribute))?;
         let bytes = binary.first().filter(|bytes| !bytes.is_empty() && bytes.len() <= 64)?;
-        Some(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+        Some(hex(bytes))
     }
 
     fn unreachable(&self, error: LdapError) -> DirectoryError {

@@ -12,12 +12,12 @@ use berth_api::manager::{Approval, ApprovalState, User};
 use berth_model::access::Action;
 use berth_model::{ApprovalId, Problem, ProblemCode, Timestamp};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::target::access::approval_resource;
 use super::{Gate, Input};
 use crate::auth::{Principal, UserPrincipal};
 use crate::cluster::Cluster;
+use crate::digest::sha256_hex;
 use crate::policy::Resource;
 use crate::records::{Row, Transaction};
 
@@ -69,9 +69,7 @@ pub fn hash_of<E: Endpoint>(user: &UserPrincipal, resource: &Resource, input: &I
         query: &input.query,
         body: &input.body,
     };
-    let bytes = serde_json::to_vec(&hashed).expect("parts of the contract are plain data");
-    let digest: [u8; 32] = Sha256::digest(bytes).into();
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    sha256_hex(&serde_json::to_vec(&hashed).expect("parts of the contract are plain data"))
 }
 
 /// Uses up the approval of this request, if there is one; else the request waits for one.

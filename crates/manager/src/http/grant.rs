@@ -7,11 +7,11 @@ use berth_api::manager::{
 use berth_model::access::Action;
 use berth_model::name::Name;
 use berth_model::{ApprovalId, GrantId, Problem, SegmentId, Timestamp, UserId};
-use sha2::{Digest, Sha256};
 
 use super::{list, role};
 use crate::auth::accounts;
 use crate::cluster::Cluster;
+use crate::digest::sha256_hex;
 use crate::door::second_person::{self, APPROVAL_KEPT_MS};
 use crate::door::target::access::grant_resource;
 use crate::door::target::{self, GrantedIn, TheCluster, TheGrant, TheList};
@@ -161,7 +161,6 @@ async fn request(call: Call<GrantRequest, TheCluster>) -> Result<Answer<Approval
     let resolved = RequestGrant { segment: segment.as_ref().map(ToString::to_string), ..wish.clone() };
     let now = ctx.now();
     let hashed = serde_json::to_vec(&(user.id.as_str(), &resolved)).expect("plain data");
-    let digest: [u8; 32] = Sha256::digest(hashed).into();
     let approval = Approval {
         id: ApprovalId::from_entropy(cluster.entropy.id()),
         requested_by: user.id.clone(),
@@ -170,7 +169,7 @@ async fn request(call: Call<GrantRequest, TheCluster>) -> Result<Answer<Approval
         resource: segment.as_ref().map_or("cluster".to_owned(), |_| format!("segment:{place}")),
         segment,
         request: format!("role {role} for {} s in {place}", wish.for_s),
-        request_sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        request_sha256: sha256_hex(&hashed),
         reason: wish.reason,
         grant: Some(resolved),
         state: ApprovalState::Pending,

@@ -20,6 +20,7 @@ use cedar_policy::{Policy, PolicySet, PrincipalConstraint};
 use sha2::{Digest, Sha256};
 
 use super::engine::{Engine, POLICIES, PolicyError, SCHEMA, actions_of, permits, renamed};
+use crate::digest::hex;
 use crate::records::{Records, Row};
 
 /// Longest chain of teams or segments that are inside each other. Deeper, nobody sees through it any more.
@@ -76,11 +77,19 @@ impl Held {
 }
 
 /// A policy that somebody wrote, and that counts.
+#[derive(Clone)]
 pub struct Custom {
     /// Its record.
     pub record: Arc<Row<PolicyRecord>>,
     /// What it is made of, with the ids under which they decide.
     pub parts: Vec<Policy>,
+}
+
+impl Custom {
+    /// Whether it was made of this very record.
+    fn is(&self, record: &Row<PolicyRecord>) -> bool {
+        self.record.id == record.id && self.record.revision == record.revision
+    }
 }
 
 /// A written policy that forbids something and names somebody.
@@ -149,7 +158,10 @@ impl Book {
     ) -> Result<Self, PolicyError> {
         // Counted before it is read: what changes in between is read once more, and never missed.
         let stamp = stamp(records);
-        let fixed = fixed(engine)?;
+        let fixed = match before {
+            Some(book) => book.fixed.clone(),
+            None => fixed(engine)?,
+        };
         let roles: HashMap<String, Vec<Action>> = records
             .list::<Role>()
             .into_iter()
@@ -163,7 +175,8 @@ impl Book {
         }
         let mut customs = Vec::new();
         for record in records.list::<PolicyRecord>().into_iter().filter(|row| row.active) {
-            customs.push(custom(engine, record)?);
+            let known = before.and_then(|book| book.customs.iter().find(|old| old.is(&record)));
+            customs.push(known.cloned().map_or_else(|| custom(engine, record), Ok)?);
         }
         let teams = records.list::<Team>().into_iter().map(|row| (row.value.id.clone(), row)).collect();
         let segments = records.list::<Segment>().into_iter().map(|row| (row.value.id.clone(), row)).collect();
@@ -245,11 +258,6 @@ impl Book {
     /// The grants that a team has itself.
     pub fn grants_of_team<'a>(&'a self, team: &'a TeamId) -> impl Iterator<Item = &'a Arc<Held>> {
         self.grants.values().filter(move |held| held.grant.team.as_ref() == Some(team))
-    }
-
-    /// Every grant.
-    pub fn grants(&self) -> impl Iterator<Item = &Arc<Held>> {
-        self.grants.values()
     }
 
     /// A grant by its id, as it stands in a verdict.
@@ -458,6 +466,5 @@ fn hash(grants: &BTreeMap<GrantId, Arc<Held>>, customs: &[Custom]) -> String {
         put(&custom.record.id);
         put(&custom.record.text);
     }
-    let digest: [u8; 32] = hasher.finalize().into();
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hasher.finalize())
 }

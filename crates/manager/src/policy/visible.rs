@@ -73,11 +73,6 @@ impl Visible {
     pub fn asks_about(&self, resource: &Resource) -> bool {
         self.gate.policies.look(&self.principal, self.action, resource, false).allowed
     }
-
-    /// Whether it may see all there is.
-    pub fn is_everything(&self) -> bool {
-        !self.is_touched && self.reach == Reach::Everywhere
-    }
 }
 
 impl Policies {
