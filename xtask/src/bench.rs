@@ -20,6 +20,8 @@ mod migration;
 mod peers;
 mod permissions;
 mod snapshot;
+mod snapshots;
+mod subject;
 mod work;
 
 use figures::{Bar, Bound, Figures};
@@ -94,6 +96,8 @@ enum Name {
     FirstLight,
     /// Decisions, filtered lists, and the audit.
     Permissions,
+    /// What snapshots cost, what they make cheap, and how that compares to others.
+    Snapshots,
 }
 
 impl Name {
@@ -101,6 +105,7 @@ impl Name {
         match self {
             Self::FirstLight => &FIRST_LIGHT,
             Self::Permissions => &PERMISSIONS,
+            Self::Snapshots => &snapshots::BARS,
         }
     }
 }
@@ -120,7 +125,7 @@ pub struct Arguments {
     /// Leave out libvirt and plain QEMU
     #[arg(long)]
     no_peers: bool,
-    /// How often each thing is done
+    /// How often each thing is done; what `snapshots` does fifty or a hundred times is scaled accordingly
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
 }
@@ -176,6 +181,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     match arguments.bench {
         Name::FirstLight => first_light(&run, arguments.no_peers, &mut figures),
         Name::Permissions => permissions(&run, &mut figures),
+        Name::Snapshots => snapshots::measure(&run, arguments.no_peers, &mut figures),
     }
     drop(run);
     figures.print(bars);

@@ -101,6 +101,17 @@ impl Figures {
         self.ours(name).map(|row| median(&row.samples))
     }
 
+    /// All samples of ours of this name.
+    pub fn samples(&self, name: &str) -> Option<Vec<f64>> {
+        self.ours(name).map(|row| row.samples.clone())
+    }
+
+    /// The median of what this peer reached for the figure of this name.
+    pub fn peer_median(&self, name: &str, who: &str) -> Option<f64> {
+        let row = self.rows.iter().find(|row| row.peer.as_deref() == Some(who) && row.name == name);
+        row.map(|row| median(&row.samples))
+    }
+
     fn ours(&self, name: &str) -> Option<&Row> {
         self.rows.iter().find(|row| row.peer.is_none() && row.name == name)
     }
@@ -135,7 +146,7 @@ impl Figures {
     /// The table with the bars, then everything else.
     pub fn print(&self, bars: &[Bar]) {
         println!(
-            "\n{:<24} {:>9} {:>9} {:>7}  {:<6} peer's median (worst)",
+            "\n{:<30} {:>9} {:>9} {:>7}  {:<6} peer's median (worst)",
             "figure", "median", "worst", "bar", ""
         );
         for bar in bars {
@@ -154,7 +165,7 @@ impl Figures {
         let name = bar.name;
         let Some(row) = self.ours(name) else {
             return format!(
-                "{name:<24} {:>9} {:>9} {:>7}  {:<6} {}",
+                "{name:<30} {:>9} {:>9} {:>7}  {:<6} {}",
                 "-",
                 "-",
                 bar.bound.text(),
@@ -169,7 +180,7 @@ impl Figures {
             format!("{middle} ({worst}) {}", peer.peer.as_deref().unwrap_or_default())
         });
         let (middle, worst, most) = (short(middle), short(worst), bar.bound.text());
-        format!("{name:<24} {middle:>9} {worst:>9} {most:>7}  {verdict:<6} {peer}").trim_end().to_owned()
+        format!("{name:<30} {middle:>9} {worst:>9} {most:>7}  {verdict:<6} {peer}").trim_end().to_owned()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Others at the same work: libvirt with its snapshots, plain QEMU with its migration.
+//! Others at the same work: libvirt with its snapshots, plain QEMU with its own and with its migration.
 //!
 //! They get the same guest (kernel, ramdisk, memory, disk, work) and the same QEMU, and, where it matters, a network of
 //! the same shape with the same shaping. They are measured the same way: STOP and RESUME as QEMU stamps them, the UDP
@@ -20,7 +20,10 @@ mod libvirt;
 mod net;
 mod qemu;
 mod qmp;
+mod savevm;
 
+/// How often `snapshots` has a peer do a thing.
+const FEW: u32 = 3;
 /// The machine that the peers' guests have.
 const MACHINE: &str = "pc-q35-7.2";
 /// Its processor.
@@ -36,33 +39,83 @@ const LIBVIRT: [(&str, &str); 3] = [
     ("/usr/bin/virsh", "libvirt-clients"),
 ];
 
-/// Measures the peers for the figures that are wanted.
+/// What the figures are called that a peer is measured for; none: not wanted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// Pauses, whole times and UDP gaps of snapshots.
+    pub snapshots: Option<[&'static str; 3]>,
+    /// Times to running and to the first answer of restores.
+    pub restores: Option<[&'static str; 2]>,
+    /// The daemon's memory.
+    pub daemon: Option<&'static str>,
+    /// How often each thing is done.
+    pub runs: u32,
+}
+
+/// Measures the peers for the figures of `first-light` that are wanted.
 pub fn measure(run: &Run, figures: &mut Figures) {
-    if !rustix::process::geteuid().is_root() {
-        println!("\npeers are left out: their networks need root");
+    if !are_possible() {
         return;
     }
-    let qemu_version = Command::new(QEMU).arg("--version").output();
-    let Ok(version) = qemu_version else {
-        println!("\npeers are left out: there is no {QEMU}; the package is qemu-system-x86");
+    let wanted = Wanted {
+        snapshots: run.wants("snapshot_paused_ms").then_some([
+            "snapshot_paused_ms",
+            "snapshot_total_ms",
+            "snapshot_udp_gap_ms",
+        ]),
+        restores: run.wants("restore_running_ms").then_some(["restore_running_ms", "restore_first_sign_ms"]),
+        daemon: run.wants("agent_resident_mb").then_some("agent_resident_mb"),
+        runs: run.runs,
+    };
+    libvirt_for(run, wanted, figures);
+    if run.wants("migration_blackout_ms") {
+        part(figures, "peer: plain QEMU's migration", |figures| qemu::measure(run, figures));
+    }
+}
+
+/// Measures the peers for the figures of `snapshots` that are wanted. What takes them seconds each is done a few times:
+/// they are slower than we are by so much that more would tell nothing.
+pub fn measure_snapshots(run: &Run, figures: &mut Figures) {
+    let snapshots = run.wants("paused_ms_p50") || run.wants("paused_ms_max");
+    let restores = run.wants("restore_running_ms_2gib") || run.wants("restore_udp_vs_libvirt_ratio");
+    if !(snapshots || restores) || !are_possible() {
         return;
+    }
+    let wanted = Wanted {
+        snapshots: snapshots.then_some(["paused_ms_p50", "snapshot_total_ms", "snapshot_udp_gap_ms"]),
+        restores: restores.then_some(["restore_running_ms_2gib", "restore_udp_ms"]),
+        daemon: None,
+        runs: run.runs.min(FEW),
+    };
+    libvirt_for(run, wanted, figures);
+    part(figures, "peer: plain QEMU's savevm and loadvm", |figures| savevm::measure(run, wanted, figures));
+}
+
+/// Says what is missing for any peer.
+fn are_possible() -> bool {
+    if !rustix::process::geteuid().is_root() {
+        println!("\npeers are left out: their networks need root");
+        return false;
+    }
+    let Ok(version) = Command::new(QEMU).arg("--version").output() else {
+        println!("\npeers are left out: there is no {QEMU}; the package is qemu-system-x86");
+        return false;
     };
     let version = String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default().to_owned();
     println!("\npeers use {version}");
-    if run.wants("snapshot_paused_ms") || run.wants("restore_running_ms") || run.wants("agent_resident_mb") {
-        let missing: Vec<&str> = LIBVIRT
-            .iter()
-            .filter(|(file, _)| !Path::new(file).exists())
-            .map(|(_, package)| *package)
-            .collect();
-        if missing.is_empty() {
-            part(figures, "peer: libvirt", |figures| libvirt::measure(run, figures));
-        } else {
-            println!("libvirt is left out: it needs the packages {}", missing.join(", "));
-        }
+    true
+}
+
+fn libvirt_for(run: &Run, wanted: Wanted, figures: &mut Figures) {
+    if wanted.snapshots.is_none() && wanted.restores.is_none() && wanted.daemon.is_none() {
+        return;
     }
-    if run.wants("migration_blackout_ms") {
-        part(figures, "peer: plain QEMU's migration", |figures| qemu::measure(run, figures));
+    let missing: Vec<&str> =
+        LIBVIRT.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
+    if missing.is_empty() {
+        part(figures, "peer: libvirt", |figures| libvirt::measure(run, wanted, figures));
+    } else {
+        println!("libvirt is left out: it needs the packages {}", missing.join(", "));
     }
 }
 

@@ -20,6 +20,11 @@ const USED_MIB: u32 = 600;
 /// all of the 600 MiB every three seconds.
 pub const BUSY: Settings =
     Settings { memory_mib: USED_MIB, rate_mib_s: 200, hot_mib: 0, rewrite: Rewrite::Word };
+/// While the guest's own work is measured: 50 MiB of pages a second, and as fast as it can. The second is a rate that
+/// no guest reaches here; what has not been done within a second is forgiven.
+pub const STEADY: Settings = Settings { rate_mib_s: 50, ..BUSY };
+/// The same without a limit.
+pub const FLAT_OUT: Settings = Settings { rate_mib_s: 4000, ..BUSY };
 /// While it moves: 20 MiB a second, whole pages of random data, which no delta makes smaller.
 pub const WHOLE: Settings =
     Settings { memory_mib: USED_MIB, rate_mib_s: 20, hot_mib: 0, rewrite: Rewrite::Whole };
@@ -65,12 +70,9 @@ pub fn begin(probe: &ProbeClient, settings: Settings) -> Result<Pace> {
     probe.set(settings, FILL_MAX)?;
     let meter = GapMeter::start(&[probe.address()], ASK_EVERY)?;
     meter.wait_for_answer_after(Instant::now(), SILENCE_MAX).context("the guest does not answer")?;
-    let (begun, before) = (Instant::now(), probe.status()?);
-    std::thread::sleep(RATE_OVER);
-    let (after, took) = (probe.status()?, begun.elapsed());
+    let begun = Instant::now();
+    let reached_mib_s = rate(probe, RATE_OVER)?;
     let quiet_gap_ms = ms(meter.longest_gap_since(begun).length);
-    let pages = after.dirtied_pages.saturating_sub(before.dirtied_pages);
-    let reached_mib_s = count(pages) * 4096.0 / 1_048_576.0 / took.as_secs_f64();
     println!(
         "   the guest holds {} MiB and rewrites {reached_mib_s:.0} MiB/s of it ({} asked for, pattern {}); \
          longest gap when left alone {quiet_gap_ms:.1} ms",
@@ -80,6 +82,40 @@ pub fn begin(probe: &ProbeClient, settings: Settings) -> Result<Pace> {
     );
     ensure!(reached_mib_s * 2.0 >= f64::from(settings.rate_mib_s), "the guest does not reach its rate");
     Ok(Pace { reached_mib_s, quiet_gap_ms })
+}
+
+/// What a guest rewrites, in MiB of pages a second, over this time.
+///
+/// # Errors
+/// When it is silent.
+pub fn rate(probe: &ProbeClient, over: Duration) -> Result<f64> {
+    let begun = Mark::now(probe)?;
+    std::thread::sleep(over);
+    Ok(Mark::now(probe)?.rate_since(&begun))
+}
+
+/// How much a guest had rewritten at a moment.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    at: Instant,
+    pages: u64,
+}
+
+impl Mark {
+    /// Now, as the guest says.
+    ///
+    /// # Errors
+    /// When it is silent.
+    pub fn now(probe: &ProbeClient) -> Result<Self> {
+        let pages = probe.status()?.dirtied_pages;
+        Ok(Self { at: Instant::now(), pages })
+    }
+
+    /// What was rewritten between the two, in MiB of pages a second.
+    pub fn rate_since(&self, earlier: &Self) -> f64 {
+        let pages = count(self.pages.saturating_sub(earlier.pages));
+        pages * 4096.0 / 1_048_576.0 / self.at.duration_since(earlier.at).as_secs_f64()
+    }
 }
 
 /// Does something to a guest, and measures the longest gap from its start until the guest has answered after its end,

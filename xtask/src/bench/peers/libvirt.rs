@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use super::daemon::Daemon;
 use super::net::{self, Net};
-use super::{Boot, CPU, MACHINE, QEMU, ms_between, now_us, run_program};
+use super::{Boot, CPU, MACHINE, QEMU, Wanted, ms_between, now_us, run_program};
 use crate::bench::Run;
 use crate::bench::figures::Figures;
 use crate::bench::fleet::{VMS, resident_mb};
@@ -21,7 +21,7 @@ const VM: &str = "peer";
 ///
 /// # Errors
 /// When libvirt does not start, or fails at what is measured.
-pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
+pub fn measure(run: &Run, wanted: Wanted, figures: &mut Figures) -> Result<()> {
     let mut net = Net::make()?;
     let (namespace, _) = net.add_host("lv", None)?;
     let dir = run.dir.join("libvirt");
@@ -29,7 +29,7 @@ pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
     let daemon = Daemon::start(&dir, &namespace)?;
     let version = daemon.virsh(&["version", "--daemon"])?;
     println!("   {}", version.lines().find(|line| line.contains("daemon")).unwrap_or("libvirt").trim());
-    let outcome = all(run, &daemon, figures);
+    let outcome = all(wanted, &daemon, figures);
     // QEMU outlives the daemon; it must not outlive the bench.
     for name in daemon.virsh(&["list", "--name"])?.lines().filter(|line| !line.is_empty()) {
         daemon.virsh(&["destroy", name])?;
@@ -39,46 +39,45 @@ pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
     outcome
 }
 
-fn all(run: &Run, daemon: &Daemon, figures: &mut Figures) -> Result<()> {
-    let (snapshot, restore) = (run.wants("snapshot_paused_ms"), run.wants("restore_running_ms"));
-    if snapshot || restore {
-        let guest = Guest::start(run, daemon)?;
-        if snapshot {
-            guest.external(figures)?;
+fn all(wanted: Wanted, daemon: &Daemon, figures: &mut Figures) -> Result<()> {
+    if wanted.snapshots.is_some() || wanted.restores.is_some() {
+        let guest = Guest::start(wanted.runs, daemon)?;
+        if let Some(names) = wanted.snapshots {
+            guest.external(figures, names)?;
         }
-        guest.internal(figures)?;
-        if restore {
-            guest.reverts(figures)?;
-            guest.saves(figures)?;
+        guest.internal(figures, wanted.snapshots)?;
+        if let Some(names) = wanted.restores {
+            guest.reverts(figures, names)?;
+            guest.saves(figures, names)?;
         }
         daemon.virsh(&["destroy", VM])?;
     }
-    if run.wants("agent_resident_mb") {
-        daemon_memory(daemon, figures)?;
+    if let Some(name) = wanted.daemon {
+        daemon_memory(daemon, figures, name)?;
     }
     Ok(())
 }
 
 struct Guest<'a> {
-    run: &'a Run,
+    runs: u32,
     daemon: &'a Daemon,
     address: SocketAddr,
 }
 
 impl<'a> Guest<'a> {
-    fn start(run: &'a Run, daemon: &'a Daemon) -> Result<Self> {
+    fn start(runs: u32, daemon: &'a Daemon) -> Result<Self> {
         define(daemon, VM, GUEST_MIB, Some(GUEST))?;
         daemon.virsh(&["start", VM])?;
         let address = SocketAddr::from((net::address(GUEST), guest_probe::UDP_PORT));
         let probe = work::booted(address)?;
         work::begin(&probe, BUSY)?;
-        Ok(Self { run, daemon, address })
+        Ok(Self { runs, daemon, address })
     }
 
-    fn external(&self, figures: &mut Figures) -> Result<()> {
+    fn external(&self, figures: &mut Figures, names: [&str; 3]) -> Result<()> {
         let disks = self.daemon.disks();
         let mut made = Pauses::default();
-        for run in 0..self.run.runs {
+        for run in 0..self.runs {
             work::settle();
             let name = format!("external-{run}");
             let memory = disks.join(format!("{name}.memory"));
@@ -89,21 +88,23 @@ impl<'a> Guest<'a> {
             std::fs::remove_file(&memory).with_context(|| format!("removing {}", memory.display()))?;
             self.daemon.virsh(&["snapshot-delete", VM, &name, "--metadata"])?;
         }
-        made.keep(figures, "libvirt_external", "libvirt, external live snapshot with memory");
+        made.keep(figures, names, "libvirt_external", "libvirt, external live snapshot with memory");
         Ok(())
     }
 
     /// Leaves one snapshot behind, to go back to.
-    fn internal(&self, figures: &mut Figures) -> Result<()> {
+    fn internal(&self, figures: &mut Figures, names: Option<[&str; 3]>) -> Result<()> {
         let mut made = Pauses::default();
-        for run in 0..self.run.runs {
+        for run in 0..self.runs {
             work::settle();
             if run > 0 {
                 self.daemon.virsh(&["snapshot-delete", VM, "internal"])?;
             }
             self.paused_by(&["snapshot-create-as", VM, "internal"], &mut made)?;
         }
-        made.keep(figures, "libvirt_internal", "libvirt, internal snapshot with memory");
+        if let Some(names) = names {
+            made.keep(figures, names, "libvirt_internal", "libvirt, internal snapshot with memory");
+        }
         Ok(())
     }
 
@@ -120,23 +121,30 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
-    fn reverts(&self, figures: &mut Figures) -> Result<()> {
+    fn reverts(&self, figures: &mut Figures, names: [&str; 2]) -> Result<()> {
         let (mut running, mut first) = (Vec::new(), Vec::new());
-        for _ in 0..self.run.runs {
+        for _ in 0..self.runs {
             work::settle();
             self.put_back(&["snapshot-revert", VM, "internal"], &mut running, &mut first)?;
         }
-        keep_restores(figures, "libvirt_revert", "libvirt, revert to an internal snapshot", &running, &first);
+        keep_restores(
+            figures,
+            names,
+            "libvirt_revert",
+            "libvirt, revert to an internal snapshot",
+            &running,
+            &first,
+        );
         Ok(())
     }
 
     /// A saved guest is gone until it is restored, so there is no old answer to tell the first new one from; the tick
     /// stands still meanwhile, and the first answer after the command is the one.
-    fn saves(&self, figures: &mut Figures) -> Result<()> {
+    fn saves(&self, figures: &mut Figures, names: [&str; 2]) -> Result<()> {
         let (mut running, mut first) = (Vec::new(), Vec::new());
         let file = self.daemon.disks().join("saved");
         let path = file.to_str().context("path")?;
-        for _ in 0..self.run.runs {
+        for _ in 0..self.runs {
             work::settle();
             self.daemon.virsh(&["save", VM, path])?;
             let mark = self.daemon.mark()?;
@@ -147,7 +155,14 @@ impl<'a> Guest<'a> {
             running.push(ms_between(*resumed.last().context("libvirt's log has no RESUME")?, begun));
             first.push(gap_ms);
         }
-        keep_restores(figures, "libvirt_restore", "libvirt, restore of a saved guest", &running, &first);
+        keep_restores(
+            figures,
+            names,
+            "libvirt_restore",
+            "libvirt, restore of a saved guest",
+            &running,
+            &first,
+        );
         Ok(())
     }
 
@@ -173,32 +188,34 @@ struct Pauses {
 }
 
 impl Pauses {
-    fn keep(&self, figures: &mut Figures, who: &str, how: &str) {
-        figures.add_peer("snapshot_paused_ms", who, &format!("{how}: STOP to RESUME"), &self.paused);
-        figures.add_peer("snapshot_total_ms", who, &format!("{how}: in all"), &self.total);
-        figures.add_peer("snapshot_udp_gap_ms", who, &format!("{how}: UDP gap"), &self.gaps);
+    fn keep(&self, figures: &mut Figures, names: [&str; 3], who: &str, how: &str) {
+        figures.add_peer(names[0], who, &format!("{how}: STOP to RESUME"), &self.paused);
+        figures.add_peer(names[1], who, &format!("{how}: in all"), &self.total);
+        figures.add_peer(names[2], who, &format!("{how}: UDP gap"), &self.gaps);
     }
 }
 
-fn keep_restores(figures: &mut Figures, who: &str, how: &str, running: &[f64], first: &[f64]) {
-    figures.add_peer("restore_running_ms", who, &format!("{how}: command to RESUME"), running);
-    figures.add_peer("restore_first_sign_ms", who, &format!("{how}: command to the first answer"), first);
+fn keep_restores(
+    figures: &mut Figures,
+    names: [&str; 2],
+    who: &str,
+    how: &str,
+    running: &[f64],
+    first: &[f64],
+) {
+    figures.add_peer(names[0], who, &format!("{how}: command to RESUME"), running);
+    figures.add_peer(names[1], who, &format!("{how}: command to the first answer"), first);
 }
 
 /// Ten guests that are held at their start: the daemon's part is the same, and the machine is spared ten boots.
-fn daemon_memory(daemon: &Daemon, figures: &mut Figures) -> Result<()> {
+fn daemon_memory(daemon: &Daemon, figures: &mut Figures, figure: &str) -> Result<()> {
     for number in 0..VMS {
         let name = format!("small-{number}");
         define(daemon, &name, 128, None)?;
         daemon.virsh(&["start", "--paused", &name])?;
     }
     let (now, _) = resident_mb(daemon.pid())?;
-    figures.add_peer(
-        "agent_resident_mb",
-        "libvirtd",
-        "libvirtd's resident memory with 10 paused VMs",
-        &[now],
-    );
+    figures.add_peer(figure, "libvirtd", "libvirtd's resident memory with 10 paused VMs", &[now]);
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! Plain QEMU to plain QEMU over the same shaped link: what a move costs with nobody's help.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +18,7 @@ use crate::bench::migration::LINK_MBIT;
 use crate::bench::work::{self, GUEST_MIB, WHOLE, number};
 
 /// The guest's last number in the network.
-const GUEST: u8 = 100;
+pub const GUEST: u8 = 100;
 const PORT: u16 = 4444;
 /// The guest's memory in KiB: as under Berth 8 KiB less than asked for, because QEMU before 9 loses what a translated guest
 /// writes while it is sent when the length is a multiple of 256 KiB, and the guest dies.
@@ -100,9 +101,26 @@ struct Moved {
 }
 
 /// A QEMU that is killed when it is dropped.
-struct Qemu {
+pub struct Qemu {
     child: Child,
-    qmp: Qmp,
+    /// Its monitor.
+    pub qmp: Qmp,
+}
+
+impl Qemu {
+    /// Starts a process in a network namespace, and waits for its monitor.
+    ///
+    /// # Errors
+    /// When it can't be started, or does not open its monitor.
+    pub fn start(namespace: &str, words: &[String], socket: &Path, log: File) -> Result<Self> {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace, QEMU]).args(words);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("QEMU")?;
+        let mut guard = Unconnected(Some(child));
+        let qmp = Qmp::connect(socket)?;
+        let child = guard.0.take().context("the process was just started")?;
+        Ok(Self { child, qmp })
+    }
 }
 
 impl Drop for Qemu {
@@ -118,21 +136,11 @@ impl Stage {
     fn start(&mut self, place: usize, incoming: bool) -> Result<Qemu> {
         self.started += 1;
         let socket = self.dir.join(format!("qmp-{}", self.started));
-        let log = std::fs::File::create(self.dir.join(format!("log-{}", self.started)))?;
-        let boot = Boot::at(&net::address(GUEST).to_string())?;
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.places[place].namespace, QEMU]);
-        command.args(words(&boot, &self.disk, &socket)?);
-        if incoming {
-            command.args(["-incoming", "defer"]);
-        } else {
-            command.arg("-S");
-        }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("QEMU")?;
-        let mut guard = Unconnected(Some(child));
-        let qmp = Qmp::connect(&socket)?;
-        let child = guard.0.take().context("the process was just started")?;
-        Ok(Qemu { child, qmp })
+        let log = File::create(self.dir.join(format!("log-{}", self.started)))?;
+        let mut words = words(&self.disk, "raw", &socket)?;
+        let more: &[&str] = if incoming { &["-incoming", "defer"] } else { &["-S"] };
+        words.extend(more.iter().map(|word| (*word).to_owned()));
+        Qemu::start(&self.places[place].namespace, &words, &socket, log)
     }
 
     fn move_over(&mut self, current: &mut Qemu, limit_ms: u32) -> Result<Moved> {
@@ -185,7 +193,12 @@ fn completed(source: &mut Qmp) -> Result<serde_json::Value> {
     }
 }
 
-fn words(boot: &Boot, disk: &Path, socket: &Path) -> Result<Vec<String>> {
+/// What QEMU is started with, for a disk of this format.
+///
+/// # Errors
+/// When a path is not UTF-8, or the guest has not been made.
+pub fn words(disk: &Path, format: &str, socket: &Path) -> Result<Vec<String>> {
+    let boot = Boot::at(&net::address(GUEST).to_string())?;
     let (disk, socket) = (disk.to_str().context("path")?, socket.to_str().context("path")?);
     let lists = [
         "-nodefaults -no-user-config -display none -vga none".to_owned(),
@@ -197,7 +210,7 @@ fn words(boot: &Boot, disk: &Path, socket: &Path) -> Result<Vec<String>> {
     let mut words: Vec<String> = lists.iter().flat_map(|list| list.split(' ').map(str::to_owned)).collect();
     words.extend([
         "-blockdev".to_owned(),
-        json!({"driver": "raw", "node-name": "disk0",
+        json!({"driver": format, "node-name": "disk0",
         "file": {"driver": "file", "filename": disk}})
         .to_string(),
     ]);
