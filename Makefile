@@ -3,7 +3,7 @@
 #   make demo            the main job, shown with its figures; KEEP=1 leaves the cluster up
 #   make test            all tests
 #   make check           the gate: formatting, clippy, house rules, tests, documents
-#   make bench           figures, beside the peer's; BENCH=name picks another
+#   make bench           figures, beside the peer's; BENCH=snapshots or permissions picks others
 #   make build guest     the release binary and the test guest
 #   make deps            the system packages that are missing
 

@@ -146,7 +146,7 @@ impl Figures {
     /// The table with the bars, then everything else.
     pub fn print(&self, bars: &[Bar]) {
         println!(
-            "\n{:<30} {:>9} {:>9} {:>7}  {:<6} peer's median (worst)",
+            "\n{:<32} {:>9} {:>9} {:>7}  {:<6} peer's median (worst)",
             "figure", "median", "worst", "bar", ""
         );
         for bar in bars {
@@ -165,7 +165,7 @@ impl Figures {
         let name = bar.name;
         let Some(row) = self.ours(name) else {
             return format!(
-                "{name:<30} {:>9} {:>9} {:>7}  {:<6} {}",
+                "{name:<32} {:>9} {:>9} {:>7}  {:<6} {}",
                 "-",
                 "-",
                 bar.bound.text(),
@@ -180,7 +180,7 @@ impl Figures {
             format!("{middle} ({worst}) {}", peer.peer.as_deref().unwrap_or_default())
         });
         let (middle, worst, most) = (short(middle), short(worst), bar.bound.text());
-        format!("{name:<30} {middle:>9} {worst:>9} {most:>7}  {verdict:<6} {peer}").trim_end().to_owned()
+        format!("{name:<32} {middle:>9} {worst:>9} {most:>7}  {verdict:<6} {peer}").trim_end().to_owned()
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Wanted {
     pub snapshots: Option<[&'static str; 3]>,
     /// Times to running and to the first answer of restores.
     pub restores: Option<[&'static str; 2]>,
+    /// Restores of guests that were saved, too, and not only reverts.
+    pub saves: bool,
     /// The daemon's memory.
     pub daemon: Option<&'static str>,
     /// How often each thing is done.
@@ -64,6 +66,7 @@ pub fn measure(run: &Run, figures: &mut Figures) {
             "snapshot_udp_gap_ms",
         ]),
         restores: run.wants("restore_running_ms").then_some(["restore_running_ms", "restore_first_sign_ms"]),
+        saves: true,
         daemon: run.wants("agent_resident_mb").then_some("agent_resident_mb"),
         runs: run.runs,
     };
@@ -84,6 +87,7 @@ pub fn measure_snapshots(run: &Run, figures: &mut Figures) {
     let wanted = Wanted {
         snapshots: snapshots.then_some(["paused_ms_p50", "snapshot_total_ms", "snapshot_udp_gap_ms"]),
         restores: restores.then_some(["restore_running_ms_2gib", "restore_udp_ms"]),
+        saves: false,
         daemon: None,
         runs: run.runs.min(FEW),
     };

@@ -12,16 +12,18 @@ use super::figures::{Bar, Bound, Figures};
 use super::peers;
 use super::{Run, part, say_machine};
 
+mod clones;
 mod pauses;
 mod restores;
 mod room;
+mod schedule;
 mod slowdown;
 
 /// How often a thing is done when nobody says otherwise: what the counts of the figures below are for.
 pub const USUAL_RUNS: u32 = 7;
 
 /// What must be reached; smaller is better in all of it.
-pub const BARS: [Bar; 9] = [
+pub const BARS: [Bar; 14] = [
     Bar {
         name: "paused_ms_p50",
         bound: Bound::Most(15.0),
@@ -45,6 +47,11 @@ pub const BARS: [Bar; 9] = [
     },
     Bar { name: "restore_running_ms_8gib", bound: Bound::Most(120.0), meaning: "the same, 8 GiB" },
     Bar {
+        name: "restore_running_warm_process_ms",
+        bound: Bound::Most(25.0),
+        meaning: "the same, 2 GiB, with a process made ready before",
+    },
+    Bar {
         name: "restore_running_cold_ms",
         bound: Bound::Most(400.0),
         meaning: "the same, 2 GiB, nothing of it in the page cache",
@@ -55,9 +62,29 @@ pub const BARS: [Bar; 9] = [
         meaning: "command -> UDP answer, divided by libvirt's revert",
     },
     Bar {
+        name: "clones10_seconds",
+        bound: Bound::Most(5.0),
+        meaning: "ten clones of a 2 GiB VM: command until all answer",
+    },
+    Bar {
+        name: "clone_extra_memory_percent",
+        bound: Bound::Most(15.0),
+        meaning: "private memory of each clone's QEMU then, of the VM's memory",
+    },
+    Bar {
         name: "second_snapshot_bytes_percent",
         bound: Bound::Most(8.0),
         meaning: "bytes of a snapshot after 5 % of memory changed, of the first's",
+    },
+    Bar {
+        name: "schedule_100_errors",
+        bound: Bound::Most(0.0),
+        meaning: "failures in 100 runs of a schedule and in what it keeps",
+    },
+    Bar {
+        name: "schedule_chain_max",
+        bound: Bound::Most(16.0),
+        meaning: "most layers of the VM's disk meanwhile",
     },
 ];
 
@@ -74,7 +101,7 @@ pub fn measure(run: &Run, no_peers: bool, figures: &mut Figures) {
     if wants(&["paused_growth_ratio"]) {
         part(figures, "pauses of small and large guests", |figures| pauses::growth(run, figures));
     }
-    if wants(&["restore_running_ms_2gib", "restore_running_cold_ms", "restore_udp_vs_libvirt_ratio"]) {
+    if wants(&restores::SMALL) {
         part(figures, "restores", |figures| restores::small(run, figures));
     }
     if wants(&["restore_running_ms_8gib"]) {
@@ -82,6 +109,12 @@ pub fn measure(run: &Run, no_peers: bool, figures: &mut Figures) {
     }
     if wants(&["second_snapshot_bytes_percent"]) {
         part(figures, "the room of a second snapshot", |figures| room::measure(run, figures));
+    }
+    if wants(&["clones10_seconds", "clone_extra_memory_percent"]) {
+        part(figures, "clones", |figures| clones::measure(run, figures));
+    }
+    if wants(&["schedule_100_errors", "schedule_chain_max"]) {
+        part(figures, "a schedule", |figures| schedule::measure(run, figures));
     }
     if no_peers {
         println!("\npeers are left out: --no-peers");

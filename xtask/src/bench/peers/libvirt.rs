@@ -48,7 +48,9 @@ fn all(wanted: Wanted, daemon: &Daemon, figures: &mut Figures) -> Result<()> {
         guest.internal(figures, wanted.snapshots)?;
         if let Some(names) = wanted.restores {
             guest.reverts(figures, names)?;
-            guest.saves(figures, names)?;
+            if wanted.saves {
+                guest.saves(figures, names)?;
+            }
         }
         daemon.virsh(&["destroy", VM])?;
     }

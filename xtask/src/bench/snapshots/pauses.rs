@@ -12,7 +12,7 @@ use crate::bench::work::{self, BUSY, GUEST_MIB, LARGE_GUEST_MIB, number};
 /// How many snapshots the first figures are of.
 const MANY: u32 = 50;
 /// How many of each size.
-const EACH: u32 = 5;
+const EACH: u32 = 3;
 /// The small guest's memory in MiB.
 const SMALL_GUEST_MIB: u32 = 512;
 /// What is rewritten of guests of any size, in MiB: so much fits into the small one.
@@ -96,5 +96,5 @@ pub fn growth(run: &Run, figures: &mut Figures) -> Result<()> {
 
 /// How much of a guest's memory the probe fills: all but what the guest needs for itself.
 pub const fn fillable_mib(memory_mib: u32) -> u32 {
-    memory_mib - 112 - memory_mib / 32
+    memory_mib - 128 - memory_mib / 16
 }

@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use guest_probe::memory::{Rewrite, Settings};
 use serde_json::Value;
 
-use super::cluster;
 use super::pauses::fillable_mib;
+use super::{cluster, scaled};
 use crate::bench::Run;
 use crate::bench::figures::Figures;
 use crate::bench::subject::Subject;
@@ -15,6 +15,8 @@ use crate::bench::work::{self, GUEST_MIB, number};
 
 /// How long filling may take.
 const FILL_MAX: Duration = Duration::from_secs(180);
+/// How many second snapshots.
+const EACH: u32 = 3;
 /// How much of its memory the guest changes between the two, in percent.
 const CHANGED_PERCENT: u32 = 5;
 /// The first snapshot's name.
@@ -34,7 +36,7 @@ pub fn measure(run: &Run, figures: &mut Figures) -> Result<()> {
     let first = bytes(&subject.take(FIRST)?)?;
     figures.add("first_snapshot_bytes", "bytes of a snapshot of a full guest of 2 GiB", &[first]);
     let (mut seconds, mut percent, mut took) = (Vec::new(), Vec::new(), Vec::new());
-    for index in 0..run.runs {
+    for index in 0..scaled(run, EACH) {
         change(&subject, still)?;
         let name = format!("second-{index}");
         let facts = subject.take(&name)?;

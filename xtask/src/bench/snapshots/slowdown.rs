@@ -12,12 +12,14 @@ use anyhow::{Context, Result, ensure};
 use guest_probe::memory::Settings;
 use serde_json::Value;
 
-use super::cluster;
+use super::{cluster, scaled};
 use crate::bench::Run;
 use crate::bench::figures::Figures;
 use crate::bench::subject::Subject;
 use crate::bench::work::{self, FLAT_OUT, GUEST_MIB, Mark, STEADY};
 
+/// How many snapshots at each pace.
+const EACH: u32 = 4;
 /// For how long the pace before is measured.
 const BEFORE: Duration = Duration::from_secs(3);
 /// The phase in which memory is streamed.
@@ -63,7 +65,7 @@ struct Lost {
 fn lost(run: &Run, subject: &Subject<'_>, settings: Settings) -> Result<Lost> {
     subject.probe.set(settings, FILL_MAX)?;
     let mut lost = Lost::default();
-    for index in 0..run.runs {
+    for index in 0..scaled(run, EACH) {
         work::settle();
         let before = work::rate(&subject.probe, BEFORE)?;
         let name = format!("run-{index}");
