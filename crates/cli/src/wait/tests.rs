@@ -143,7 +143,11 @@ async fn a_snapshot_tells_its_pause_and_a_restore_its_time() {
     let result = OperationResult::Restore {
         snapshot: SnapshotId::from_entropy([8; 10]),
         undo: Some(undo.clone()),
-        facts: berth_model::snapshot::RestoreFacts { running_us: 93_000, undo_us: 600_000 },
+        facts: berth_model::snapshot::RestoreFacts {
+            running_us: 93_000,
+            undo_us: 600_000,
+            ..Default::default()
+        },
     };
     let restored = Operation { result: Some(result), ..over(OperationState::Succeeded) };
     assert_eq!(

@@ -446,7 +446,7 @@ impl FakeAgent {
                 }
                 done
             }
-            TaskSpec::TakeSnapshot { snapshot, new_top } => self.take_snapshot(&vm(), snapshot, new_top),
+            TaskSpec::TakeSnapshot { snapshot, new_top, .. } => self.take_snapshot(&vm(), snapshot, new_top),
             TaskSpec::RestoreSnapshot { snapshot, new_top, .. } => self.restore(&vm(), snapshot, new_top),
             TaskSpec::DeleteSnapshot { snapshot } => {
                 self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
@@ -529,7 +529,7 @@ impl FakeAgent {
             machine.process = if has_memory { Process::Running } else { Process::None };
             machine.guest = if has_memory { guest } else { GuestState::Off };
         })?;
-        Ok(TaskOutput::Restored { facts: RestoreFacts { running_us: 60_000, undo_us: 0 } })
+        Ok(TaskOutput::Restored { facts: RestoreFacts { running_us: 60_000, ..RestoreFacts::default() } })
     }
 
     fn with(&self, vm: &VmId, change: impl FnOnce(&mut Machine, GuestState)) -> Result<TaskOutput, Problem> {

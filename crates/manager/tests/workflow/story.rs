@@ -20,7 +20,7 @@ use crate::world::{
 };
 
 fn restore(vm: &VmId, snapshot: Option<&str>, no_undo: bool) -> OperationRequest {
-    let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo };
+    let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo, ..Default::default() };
     OperationRequest::SnapshotRestore { vm: vm.clone(), wish }
 }
 
