@@ -176,6 +176,11 @@ async fn a_guest_that_is_to_be_held_is_there_and_goes_on_when_it_is_told_to() {
     assert_eq!(facts.clock, ClockSetting::Held);
     assert_eq!(host.state(&vm.id), Some(VmState::Paused));
     assert!(host.probe(&vm.id).tick().is_err(), "it does not run");
+    // It may be taken as it stands, and be put back to that.
+    let second = snapshot();
+    take(&host, &vm, &second, None).await;
+    restore(&host, &vm, &second, layer(), false).await;
+    assert_eq!(host.state(&vm.id), Some(VmState::Paused), "it was held when it was taken");
     host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
     is_unharmed(&host.probe(&vm.id), 0);
 }

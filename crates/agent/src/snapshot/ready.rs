@@ -33,7 +33,7 @@ use super::working_set;
 use crate::durable::{self, FileError, blocking};
 use crate::launcher::{Launched, Process};
 use crate::layout::{VmDirs, VmRecord};
-use crate::migration::incoming::Incoming;
+use crate::migration::incoming::{Incoming, Origin};
 use crate::network::{self, Plug};
 use crate::qemu;
 use crate::vm::process::Ground;
@@ -246,7 +246,7 @@ async fn launch(
 
 /// Has the process take the device state in. Its guest stands still afterwards.
 async fn load(qmp: &Qmp, device: Vec<u8>) -> Result<Incoming, Problem> {
-    let (mut incoming, mut stream) = Incoming::start(qmp, false).await?;
+    let (mut incoming, mut stream) = Incoming::start(qmp, Origin::Snapshot).await?;
     let fed = blocking(move || {
         // QEMU may refuse the stream before it has read all of it: what it says is the error to tell.
         let _ = stream.write_all(&device);

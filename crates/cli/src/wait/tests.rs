@@ -146,6 +146,8 @@ async fn a_snapshot_tells_its_pause_and_a_restore_its_time() {
         facts: berth_model::snapshot::RestoreFacts {
             running_us: 93_000,
             undo_us: 600_000,
+            warm_process: true,
+            clock: berth_model::snapshot::ClockSetting::Set,
             ..Default::default()
         },
     };
@@ -153,7 +155,7 @@ async fn a_snapshot_tells_its_pause_and_a_restore_its_time() {
     assert_eq!(
         crate::operation::outcome(&restored, &crate::lookup::HostNames::default()),
         format!(
-            "default/books is back, running 93.0 ms after the command; {undo} undoes it (taken before in 600 ms)"
+            "default/books is back, running 93.0 ms after the command (its process was ready), clock set; {undo} undoes it (taken before in 600 ms)"
         )
     );
 }
