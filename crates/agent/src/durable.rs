@@ -80,10 +80,58 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 /// # Errors
 /// When the system refuses; the old record is then still there.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError> {
+    write(path, &json_text(path, value)?, 0o600)
+}
+
+/// A record whose content is on the disk under another name: giving it its own costs no wait for the disk.
+#[derive(Debug)]
+pub struct Staged {
+    unfinished: PathBuf,
+    path: PathBuf,
+    named: bool,
+}
+
+impl Staged {
+    /// Writes the content and brings it to the disk. Blocks.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn json<T: Serialize>(path: &Path, value: &T) -> Result<Self, FileError> {
+        let text = json_text(path, value)?;
+        let mut unfinished = path.as_os_str().to_owned();
+        unfinished.push(".staged");
+        unfinished.push(UNFINISHED_SUFFIX);
+        let staged = Self { unfinished: unfinished.into(), path: path.to_owned(), named: false };
+        fill(&staged.unfinished, &text, 0o600).map_err(FileError::io(&staged.path, "written"))?;
+        Ok(staged)
+    }
+
+    /// Gives it its name: from now on it is what everybody reads. After a power cut it is still whole or still the one
+    /// before; [`sync_parent`] makes sure that it is this one.
+    ///
+    /// # Errors
+    /// When the system refuses: the old one is then still there.
+    pub fn name(mut self) -> Result<PathBuf, FileError> {
+        fs::rename(&self.unfinished, &self.path).map_err(FileError::io(&self.path, "written"))?;
+        self.named = true;
+        Ok(self.path.clone())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if !self.named {
+            // It is known as a leftover by its name.
+            let _ = fs::remove_file(&self.unfinished);
+        }
+    }
+}
+
+fn json_text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, FileError> {
     let mut text = serde_json::to_vec_pretty(value)
         .map_err(|source| FileError::Content { path: path.to_owned(), source })?;
     text.push(b'\n');
-    write(path, &text, 0o600)
+    Ok(text)
 }
 
 /// Writes a file durably.
@@ -185,6 +233,21 @@ mod tests {
         write_json(&path, &vec![1, 2]).expect("first");
         write_json(&path, &vec![3]).expect("second");
         assert_eq!(read_json::<Vec<u32>>(&path).expect("file"), Some(vec![3]));
+        assert_eq!(fs::read_dir(directory.path()).expect("list").count(), 1);
+    }
+
+    #[test]
+    fn a_staged_record_is_seen_once_it_has_its_name_and_leaves_nothing_when_it_is_dropped() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("a.json");
+        write_json(&path, &1).expect("first");
+        drop(Staged::json(&path, &2).expect("staged"));
+        assert_eq!(fs::read_dir(directory.path()).expect("list").count(), 1);
+        let staged = Staged::json(&path, &3).expect("staged");
+        write_json(&path, &4).expect("meanwhile");
+        assert_eq!(read_json::<u32>(&path).expect("file"), Some(4));
+        staged.name().expect("named");
+        assert_eq!(read_json::<u32>(&path).expect("file"), Some(3));
         assert_eq!(fs::read_dir(directory.path()).expect("list").count(), 1);
     }
 

@@ -46,6 +46,10 @@ pub struct HostRecord {
     /// The VM's process; none when it is not running here.
     #[serde(default)]
     pub process: Option<ProcessRecord>,
+    /// The directory with that process's sockets and log, under the VM's run directory; none: that directory itself. A
+    /// process that was made ready beside another one has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sockets: Option<String>,
     /// This host's part in a migration that is under way or unresolved.
     #[serde(default)]
     pub migration: Option<MigrationSide>,
@@ -60,7 +64,15 @@ pub struct HostRecord {
 impl HostRecord {
     /// A VM in a pool of which nothing else is known.
     pub const fn new(pool: Name) -> Self {
-        Self { pool, generation: 0, process: None, migration: None, forwards: Vec::new(), trouble: None }
+        Self {
+            pool,
+            generation: 0,
+            process: None,
+            sockets: None,
+            migration: None,
+            forwards: Vec::new(),
+            trouble: None,
+        }
     }
 }
 
@@ -240,13 +252,8 @@ impl VmDirs {
         self.snapshots().join(snapshot.as_str())
     }
 
-    /// A socket of the VM's present process.
-    pub fn socket(&self, socket: crate::launcher::Socket) -> PathBuf {
-        self.run.join(socket.file_name())
-    }
-
-    /// What QEMU says on its standard error.
-    pub fn log(&self) -> PathBuf {
-        self.run.join("qemu.log")
+    /// Where a process's sockets and its log are.
+    pub fn sockets(&self, of: Option<&str>) -> PathBuf {
+        of.map_or_else(|| self.run.clone(), |name| self.run.join(name))
     }
 }

@@ -11,6 +11,8 @@ use berth_api::agent::VmDefinition;
 use berth_model::host::NetworkMode;
 use berth_model::vm::{Nic as NicSpec, PortForward};
 use berth_model::{Problem, ProblemCode};
+use berth_qmp::Qmp;
+use berth_qmp::commands::HumanMonitorCommand;
 
 use crate::durable::blocking;
 use crate::launcher::Descriptor;
@@ -38,6 +40,55 @@ pub struct Lease {
     pub taps: Vec<(Descriptor, OwnedFd)>,
 }
 
+/// What gives a process that was started beside another one its network, once the other is off it.
+#[derive(Debug, Default)]
+pub struct Plug {
+    /// Rules of user-mode networks' forwarding, each with its network's id.
+    rules: Vec<String>,
+    /// Taps whose frames still go to the other process.
+    taps: Vec<OwnedFd>,
+}
+
+impl Plug {
+    /// Gives the process the network. May be done again after it failed.
+    ///
+    /// # Errors
+    /// When QEMU or the system refuses: the other process may not have let go yet.
+    pub async fn plug(&mut self, qmp: &Qmp) -> Result<(), Problem> {
+        let refused = |text: String| Problem::new(ProblemCode::Hypervisor, text);
+        while let Some(rule) = self.rules.last() {
+            let command_line = format!("hostfwd_add {rule}");
+            let said = qmp.call(HumanMonitorCommand { command_line }).await;
+            let said = said.map_err(|error| refused(crate::durable::with_causes(&error)))?;
+            if !said.trim().is_empty() {
+                return Err(refused(format!("the VM's ports can't be forwarded: {}", said.trim())));
+            }
+            self.rules.pop();
+        }
+        while let Some(tap) = self.taps.last() {
+            tap::take_frames(tap)
+                .map_err(|error| refused(format!("the VM's tap can't be taken: {error}")))?;
+            self.taps.pop();
+        }
+        Ok(())
+    }
+}
+
+/// Gets what a process needs that is started while another of the same VM, with these forwards, has the network.
+///
+/// # Errors
+/// When a tap can't be shared, or no port is free for a forward that is new.
+pub async fn lease_beside(
+    services: &Services,
+    definition: &VmDefinition,
+    before: &[Vec<PortForward>],
+) -> Result<(Lease, Plug), Problem> {
+    match services.config.network.mode {
+        NetworkMode::Bridge => bridged_beside(services, definition).await,
+        NetworkMode::User => user_beside(&definition.spec.nics, before),
+    }
+}
+
 /// Gets what a new process of a VM needs. `before` are the ports that it had last: it gets them again where they are free.
 ///
 /// # Errors
@@ -54,18 +105,40 @@ pub async fn lease(
 }
 
 async fn bridged(services: &Services, definition: &VmDefinition) -> Result<Lease, Problem> {
-    let bridge = services.config.network.bridge.clone().unwrap_or_default();
     let mut lease = Lease::default();
-    for index in 0..definition.spec.nics.len() {
-        let request = tap::Request {
-            name: tap_name(definition.number, index),
-            bridge: bridge.clone(),
-            owner: services.user_id(definition.number),
-        };
+    for (index, request) in requests(services, definition).enumerate() {
         lease.taps.push((Descriptor::Tap(index), open_tap(request).await?));
         lease.nics.push(Nic::Tap);
     }
     Ok(lease)
+}
+
+async fn bridged_beside(services: &Services, definition: &VmDefinition) -> Result<(Lease, Plug), Problem> {
+    let (mut lease, mut plug) = (Lease::default(), Plug::default());
+    for (index, request) in requests(services, definition).enumerate() {
+        let opened = blocking(move || {
+            tap::open_beside(&request).and_then(|tap| Ok((tap.try_clone()?, tap))).map_err(|error| {
+                let text = format!("tap '{}' can't be shared for a moment: {error}", request.name);
+                Problem::new(ProblemCode::Hypervisor, text)
+            })
+        });
+        let (kept, given) = opened.await?;
+        lease.taps.push((Descriptor::Tap(index), given));
+        lease.nics.push(Nic::Tap);
+        plug.taps.push(kept);
+    }
+    Ok((lease, plug))
+}
+
+/// The taps that a VM is to have, one for each interface.
+fn requests(services: &Services, definition: &VmDefinition) -> impl Iterator<Item = tap::Request> {
+    let bridge = services.config.network.bridge.clone().unwrap_or_default();
+    let (number, owner) = (definition.number, services.user_id(definition.number));
+    (0..definition.spec.nics.len()).map(move |index| tap::Request {
+        name: tap_name(number, index),
+        bridge: bridge.clone(),
+        owner,
+    })
 }
 
 /// The name of a tap.
@@ -108,6 +181,36 @@ fn user(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<Lease, Problem>
         lease.forwards.push(forwards);
     }
     Ok(lease)
+}
+
+fn user_beside(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<(Lease, Plug), Problem> {
+    let (mut lease, mut plug, mut held) = (Lease::default(), Plug::default(), Vec::new());
+    for (index, nic) in nics.iter().enumerate() {
+        let mut forwards = wanted_forwards(nic);
+        let subnet = subnet(index, nic)?;
+        let guest = subnet.map(|subnet| subnet.guest.to_string()).unwrap_or_default();
+        for forward in &mut forwards {
+            let had = before.get(index).into_iter().flatten().find(|old| {
+                old.protocol == forward.protocol
+                    && old.guest_port == forward.guest_port
+                    && (forward.host_port == 0 || forward.host_port == old.host_port)
+            });
+            match had {
+                // The other process has it now.
+                Some(old) => forward.host_port = old.host_port,
+                None => {
+                    let (port, guard) = choose_port(forward, None)?;
+                    forward.host_port = port;
+                    held.push(guard);
+                }
+            }
+            let PortForward { protocol, host_port, guest_port } = forward;
+            plug.rules.push(format!("net{index} {protocol}:127.0.0.1:{host_port}-{guest}:{guest_port}"));
+        }
+        lease.nics.push(Nic::User { subnet, forwards: Vec::new() });
+        lease.forwards.push(forwards);
+    }
+    Ok((lease, plug))
 }
 
 fn wanted_forwards(nic: &NicSpec) -> Vec<PortForward> {

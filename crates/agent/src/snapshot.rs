@@ -3,7 +3,8 @@
 //! Taking one costs the guest a pause of some ten milliseconds, whatever its size ([`capture`]): memory is read while
 //! it runs, and in the pause the last of it is read and the disk's layers are switched ([`layers`]), so that memory
 //! and disk are of one instant. What was taken is put away as a directory that is either whole or not there
-//! ([`archive`]). Putting the VM back maps the memory instead of reading it ([`mod@restore`]).
+//! ([`archive`]). Putting the VM back maps the memory instead of reading it, in a process that is made ready beside the
+//! present one ([`ready`], [`mod@restore`]).
 //!
 //! **A capture that fails** leaves the VM as it was: running if it ran, and on the layer that it wrote to. If the layers
 //! were switched already, the switch is taken back, by merging the new layer down while the guest runs. Should that
@@ -26,6 +27,7 @@ use crate::migration::outgoing::settle;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
+mod afterwards;
 pub mod archive;
 mod base;
 pub mod capture;
@@ -34,9 +36,12 @@ pub mod image;
 pub mod layers;
 pub mod memory;
 pub mod overlay;
+pub mod ready;
 mod restore;
+mod working_set;
 
-pub use restore::restore;
+pub use ready::{Warm, drop_ready, drop_unwanted, make_ready};
+pub use restore::{Target, restore};
 
 use archive::{ArchiveError, Draft, Manifest, MemoryManifest, SnapshotFiles};
 use capture::{Capture, CaptureFailure};

@@ -17,7 +17,7 @@ use berth_model::{LayerId, Problem, ProblemCode, VmId};
 use berth_qmp::Qmp;
 
 use crate::console::Console;
-use crate::durable::{self, blocking};
+use crate::durable::{self, Staged, blocking};
 use crate::launcher::{Exit, Launched, Process};
 use crate::layout::{HostRecord, VmDirs, VmRecord};
 use crate::qemu;
@@ -68,6 +68,14 @@ struct Home {
     vm: Option<VmRecord>,
 }
 
+/// Records that are on the disk and not yet under their names: see [`VmRuntime::stage`].
+#[derive(Debug)]
+pub struct StagedHome {
+    home: Home,
+    vm: Staged,
+    host: Staged,
+}
+
 /// One VM, in the hands of its owner.
 pub struct VmRuntime {
     services: Arc<Services>,
@@ -81,6 +89,8 @@ pub struct VmRuntime {
     status: Arc<Status>,
     console: Arc<Console>,
     notices: tokio::sync::mpsc::UnboundedSender<process::Notice>,
+    /// A process that is being made ready for a restore that is about to be asked for.
+    ready: Option<crate::snapshot::Warm>,
 }
 
 impl VmRuntime {
@@ -180,6 +190,26 @@ impl VmRuntime {
         Ok(self.services.user_id(self.definition()?.number))
     }
 
+    /// What a process of the VM is started from.
+    ///
+    /// # Errors
+    /// When the VM was not prepared here.
+    pub fn ground(&self) -> Result<process::Ground, Problem> {
+        Ok(process::Ground {
+            services: Arc::clone(&self.services),
+            definition: self.definition()?.clone(),
+            dirs: self.dirs()?.clone(),
+        })
+    }
+
+    /// Where the present process's sockets and log are.
+    pub fn run_dir(&self) -> PathBuf {
+        match &self.home {
+            Some(home) => home.dirs.sockets(home.host.sockets.as_deref()),
+            None => self.services.run_dir(&self.id),
+        }
+    }
+
     /// The present process's monitor.
     ///
     /// # Errors
@@ -191,6 +221,16 @@ impl VmRuntime {
     /// The present process.
     pub fn process(&self) -> Option<&Process> {
         self.running.as_ref().map(|running| &running.process)
+    }
+
+    /// Whether the VM has a process that can't be spoken to.
+    pub const fn has_stray(&self) -> bool {
+        self.stray.is_some()
+    }
+
+    /// Where a process is kept that was made ready for a restore.
+    pub const fn ready_mut(&mut self) -> &mut Option<crate::snapshot::Warm> {
+        &mut self.ready
     }
 
     /// A problem that says in which state the VM is, and which was expected.
@@ -322,6 +362,47 @@ impl VmRuntime {
     /// When it can't be written down; the new process is then ended too.
     pub async fn install(&mut self, launched: Launched) -> Result<(), Problem> {
         process::install(self, launched).await
+    }
+
+    /// The records as they are to be once a loaded process is the VM's, on the disk but not yet under their names, so
+    /// that taking them into use waits for nothing. Nothing of the VM may be written down before [`Self::take_over`].
+    ///
+    /// # Errors
+    /// When they can't be written, or this host has nothing of the VM.
+    pub async fn stage(&self, vm: VmRecord, host: HostRecord) -> Result<StagedHome, Problem> {
+        let mut home = self.home()?.clone();
+        let paths = (home.dirs.vm_record(), home.dirs.host_record());
+        home.vm = Some(vm.clone());
+        home.host = host.clone();
+        let (vm, host) =
+            blocking(move || Ok((Staged::json(&paths.0, &vm)?, Staged::json(&paths.1, &host)?))).await?;
+        Ok(StagedHome { home, vm, host })
+    }
+
+    /// Makes a loaded process the VM's present one, in the place of one that has been killed, which need not be gone. It
+    /// is on record afterwards, whatever becomes of the agent; [`Self::sync_records`] makes the records outlast the
+    /// machine's power, too.
+    ///
+    /// # Errors
+    /// When the system refuses: what was staged is on record, or the half of it that is about the disk, or nothing.
+    pub async fn take_over(&mut self, staged: StagedHome, launched: Launched) -> Result<(), Problem> {
+        let StagedHome { home, vm, host } = staged;
+        // The disk first: the guest does not run before both are there, and a disk on record with an old process is a
+        // VM whose process has ended.
+        blocking(move || Ok(vm.name().and_then(|_| host.name())?)).await?;
+        self.home = Some(home);
+        process::replace(self, launched);
+        self.publish();
+        Ok(())
+    }
+
+    /// Brings it to the disk that the records have their names.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub async fn sync_records(&self) -> Result<(), Problem> {
+        let paths = [self.dirs()?.vm_record(), self.dirs()?.host_record()];
+        blocking(move || Ok(paths.iter().try_for_each(|path| durable::sync_parent(path))?)).await
     }
 
     /// Ends the VM's process without asking the guest, waits until it is gone, and writes that down.

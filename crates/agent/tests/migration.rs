@@ -95,7 +95,7 @@ async fn a_guest_moves_between_pools_with_its_disk_and_snapshots() {
     let probe = pair.source.probe(&vm.id);
     probe.write(20).expect("files");
     let taken = snapshot();
-    let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer() };
+    let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer(), next: None };
     pair.source.task(&vm.id, spec).await.expect("snapshot");
     probe.set(BUSY, LONG).expect("busy");
     probe.ask("write", "30 1024", LONG).expect("more files");
@@ -105,7 +105,12 @@ async fn a_guest_moves_between_pools_with_its_disk_and_snapshots() {
     let found = probe.verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 50, 0));
     probe.write(5).expect("it can still write");
-    let restored = TaskSpec::RestoreSnapshot { definition: vm.boxed(), snapshot: taken, new_top: layer() };
+    let restored = TaskSpec::RestoreSnapshot {
+        definition: vm.boxed(),
+        snapshot: taken,
+        new_top: layer(),
+        paused: false,
+    };
     pair.target.task(&vm.id, restored).await.expect("restored there");
     let found = pair.target.probe(&vm.id).verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 20, 0));

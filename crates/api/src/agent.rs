@@ -40,6 +40,17 @@ pub struct VmDefinition {
     pub first_layer: LayerId,
 }
 
+/// A restore that is about to be asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NextRestore {
+    /// The VM.
+    pub definition: VmDefinition,
+    /// To which snapshot.
+    pub snapshot: SnapshotId,
+    /// The id of the writable layer after it.
+    pub new_top: LayerId,
+}
+
 /// Something to be done by an agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "do", rename_all = "kebab-case")]
@@ -105,6 +116,9 @@ pub enum TaskSpec {
         snapshot: SnapshotId,
         /// The id of the writable layer after it.
         new_top: LayerId,
+        /// Where the VM will be put back to next: a process for that is made ready meanwhile.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        next: Option<Box<NextRestore>>,
     },
     /// Put the VM back to a snapshot, whatever it is doing; it runs (or rests, for one without memory) as it was then.
     RestoreSnapshot {
@@ -114,6 +128,9 @@ pub enum TaskSpec {
         snapshot: SnapshotId,
         /// The id of the writable layer after it.
         new_top: LayerId,
+        /// The guest is held afterwards, though it ran then.
+        #[serde(default)]
+        paused: bool,
     },
     /// Remove a snapshot's memory, and its layers where nothing else needs them.
     DeleteSnapshot {

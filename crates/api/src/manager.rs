@@ -412,6 +412,12 @@ pub struct RestoreVm {
     /// Don't take an undo snapshot first.
     #[serde(default)]
     pub no_undo: bool,
+    /// Go back to the newest undo snapshot, which takes back the newest restore; no snapshot is named then.
+    #[serde(default)]
+    pub newest_undo: bool,
+    /// Hold the guest afterwards, though it ran then.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// An operation that was begun, or, when only tried, would have been.

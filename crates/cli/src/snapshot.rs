@@ -10,7 +10,7 @@ use berth_api::manager::{
 use berth_model::SnapshotId;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
-use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotFacts};
+use berth_model::snapshot::{ClockSetting, RestoreFacts, Snapshot, SnapshotFacts};
 use clap::{Args, Subcommand};
 
 use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
@@ -39,6 +39,8 @@ pub enum Verb {
     Show(Which),
     /// Put a VM back to a snapshot, running as it was then; an undo snapshot is taken first
     Restore(RestoreArguments),
+    /// Take the newest restore back; what the VM is now is kept as an undo snapshot in its turn
+    Undo(UndoArguments),
     /// Delete a snapshot; the others stay
     Delete {
         #[command(flatten)]
@@ -96,6 +98,21 @@ pub struct RestoreArguments {
     /// Don't take an undo snapshot first: what the VM is now is lost
     #[arg(long)]
     no_undo: bool,
+    /// Hold the guest afterwards, though it ran then
+    #[arg(long)]
+    paused: bool,
+    #[command(flatten)]
+    change: ChangeArguments,
+}
+
+/// Which VM's restore to take back.
+#[derive(Debug, Args)]
+pub struct UndoArguments {
+    /// The VM
+    vm: VmRef,
+    /// Hold the guest afterwards, though it ran then
+    #[arg(long)]
+    paused: bool,
     #[command(flatten)]
     change: ChangeArguments,
 }
@@ -112,7 +129,16 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
             let snapshot = find(session, &which).await?;
             session.output.one(&snapshot, || facts(&snapshot))
         }
-        Verb::Restore(arguments) => restore(session, arguments).await,
+        Verb::Restore(arguments) => {
+            let RestoreArguments { vm, snapshot, no_undo, paused, change } = arguments;
+            // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
+            let snapshot = snapshot.filter(|name| name != BASELINE);
+            restore(session, &vm, &RestoreVm { snapshot, no_undo, paused, newest_undo: false }, change).await
+        }
+        Verb::Undo(UndoArguments { vm, paused, change }) => {
+            let wish = RestoreVm { newest_undo: true, paused, ..RestoreVm::default() };
+            restore(session, &vm, &wish, change).await
+        }
         Verb::Delete { which, change } => delete(session, &which, change).await,
         Verb::Pin { which, dry_run } => pin(session, &which, dry_run).await,
         Verb::Unpin { which, dry_run } => unpin(session, &which, dry_run).await,
@@ -142,11 +168,13 @@ async fn name_of(session: &Session, vm: &VmRef, id: &SnapshotId) -> String {
     shown.map_or_else(|_| id.to_string(), |snapshot| snapshot.name.to_string())
 }
 
-async fn restore(session: &Session, arguments: RestoreArguments) -> Result<(), Failure> {
-    let RestoreArguments { vm, snapshot, no_undo, change } = arguments;
-    // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
-    let wish = RestoreVm { snapshot: snapshot.filter(|name| name != BASELINE), no_undo };
-    let reply = session.send::<VmRestore>(&vm.path(), &change_query(change), &wish).await?;
+async fn restore(
+    session: &Session,
+    vm: &VmRef,
+    wish: &RestoreVm,
+    change: ChangeArguments,
+) -> Result<(), Failure> {
+    let reply = session.send::<VmRestore>(&vm.path(), &change_query(change), wish).await?;
     wait::carry_through_and_tell(session, change, reply, tell).await
 }
 
@@ -225,7 +253,21 @@ pub fn facts_in_words(facts: &SnapshotFacts) -> String {
 
 /// What a restore cost, in words: `running 93 ms after the command`.
 pub fn restore_in_words(facts: &RestoreFacts, undo: Option<&SnapshotId>) -> String {
-    let running = format!("running {} after the command", units::micros(facts.running_us));
+    let mut running = match facts.clock {
+        ClockSetting::Held => format!("there {} after the command", units::micros(facts.running_us)),
+        _ => format!("running {} after the command", units::micros(facts.running_us)),
+    };
+    if facts.warm_process {
+        running.push_str(" (its process was ready)");
+    }
+    match &facts.clock {
+        ClockSetting::Set => running.push_str(", clock set"),
+        ClockSetting::NoAgent => running.push_str(", clock not set: no guest agent answered"),
+        ClockSetting::Refused { reason } => {
+            running.push_str(&format!(", clock not set: {reason}"));
+        }
+        ClockSetting::Pending | ClockSetting::Held => {}
+    }
     match undo {
         Some(undo) => {
             format!("{running}; {undo} undoes it (taken before in {})", units::micros(facts.undo_us))

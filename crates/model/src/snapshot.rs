@@ -77,6 +77,26 @@ pub struct SnapshotFacts {
     pub rounds: u64,
 }
 
+/// What became of a guest's clock after a restore, which put it back too.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum ClockSetting {
+    /// Not known when the restore was over: it is tried for half a minute more.
+    #[default]
+    Pending,
+    /// Set to the host's time by the guest agent.
+    Set,
+    /// No guest agent answered: the clock is where the snapshot was.
+    NoAgent,
+    /// The guest agent refused.
+    Refused {
+        /// In its words.
+        reason: String,
+    },
+    /// The guest does not run.
+    Held,
+}
+
 /// What a restore measured.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct RestoreFacts {
@@ -85,4 +105,17 @@ pub struct RestoreFacts {
     pub running_us: u64,
     /// What the undo snapshot took before that, in microseconds; 0 if none was taken.
     pub undo_us: u64,
+    /// A process had been made ready before the command came.
+    #[serde(default)]
+    pub warm_process: bool,
+    /// Pages that the new process had touched when its guest went on: those that its devices' state needed.
+    #[serde(default)]
+    pub pages_faulted: u64,
+    /// What of the memory image is read ahead because earlier guests needed it first, in bytes; 0 before the first
+    /// restore has shown it.
+    #[serde(default)]
+    pub working_set_bytes: u64,
+    /// What became of the guest's clock.
+    #[serde(default)]
+    pub clock: ClockSetting,
 }

@@ -2,7 +2,7 @@
 //!
 //! The process was started with `-incoming defer -S`: it takes the machine in and stays paused, and with
 //! `late-block-activate` it does not touch its disks before it is told to run. So a target that has loaded everything
-//! is still harmless to a source that goes on.
+//! is still harmless to a source that goes on. A restore has no such source.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -44,6 +44,16 @@ pub enum IncomingError {
     NotRunning,
 }
 
+/// Where a machine comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From another QEMU, which may go on with the disks: they are left alone until the guest is told to run, and it is
+    /// answered.
+    Machine,
+    /// From a snapshot: the layer that is written to is the process's own, and is ready before the guest is told to run.
+    Snapshot,
+}
+
 /// A migration that QEMU takes in.
 pub struct Incoming {
     qmp: Qmp,
@@ -55,10 +65,12 @@ impl Incoming {
     ///
     /// # Errors
     /// When QEMU refuses.
-    pub async fn start(qmp: &Qmp, return_path: bool) -> Result<(Self, UnixStream), IncomingError> {
-        let mut wanted = vec!["events", "late-block-activate"];
-        wanted.extend(return_path.then_some("return-path"));
-        set_capabilities(qmp, &wanted).await?;
+    pub async fn start(qmp: &Qmp, origin: Origin) -> Result<(Self, UnixStream), IncomingError> {
+        let wanted: &[&str] = match origin {
+            Origin::Machine => &["events", "late-block-activate", "return-path"],
+            Origin::Snapshot => &["events"],
+        };
+        set_capabilities(qmp, wanted).await?;
         let events = qmp.events();
         let (ours, theirs) = stream_pair().map_err(IncomingError::Socket)?;
         qmp.call_with_fds(GetFd { name: STREAM_FD.into() }, vec![theirs]).await?;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::arrival::{self, NotRunning};
-use super::incoming::{Incoming, lift_limits};
+use super::incoming::{Incoming, Origin, lift_limits};
 use super::link::{self, Link, Sender};
 use super::marker::{Mark, Marker};
 use super::storage::receiving::Files;
@@ -276,7 +276,7 @@ async fn start_process(
     vm.install(launched).await?;
     let qmp = vm.qmp()?;
     lift_limits(qmp).await.map_err(layers::refused)?;
-    let (incoming, stream) = Incoming::start(qmp, true).await?;
+    let (incoming, stream) = Incoming::start(qmp, Origin::Machine).await?;
     let (read, write) = link::halves(stream)?;
     link.messages.deliver_stream(write);
     link.sender.send_answers(read);

@@ -15,6 +15,11 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 /// `SIOCBRADDIF`, which has no name in the library.
 const ADD_TO_BRIDGE: libc::Ioctl = 0x89a2;
 
+/// `TUNSETQUEUE`, which has no name in the library.
+const SET_QUEUE: libc::Ioctl = 0x4004_54d9;
+const ATTACH_QUEUE: libc::c_int = 0x0200;
+const DETACH_QUEUE: libc::c_int = 0x0400;
+
 /// What a tap's address begins with: the highest byte of a unicast address that no vendor has.
 const ADDRESS_START: u8 = 0xfe;
 
@@ -51,7 +56,8 @@ impl TapError {
     /// Whether another process has a device of this name, as one that is ending still may.
     pub fn is_busy(&self) -> bool {
         let Self::Step { source, .. } = self;
-        source.raw_os_error() == Some(libc::EBUSY)
+        // The second is said of a device that was made with one queue alone.
+        matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL))
     }
 }
 
@@ -92,9 +98,32 @@ pub fn open(request: &Request) -> Result<OwnedFd, TapError> {
     Ok(tap.into())
 }
 
+/// Opens a tap that another process of the same VM has, without taking a frame from it until [`take_frames`].
+///
+/// # Errors
+/// When there is none, or it was made with one queue alone.
+pub fn open_beside(request: &Request) -> io::Result<OwnedFd> {
+    let tap = make(request)?;
+    set_queue(&tap, DETACH_QUEUE)?;
+    Ok(tap.into())
+}
+
+/// Has the tap's frames come to this descriptor.
+///
+/// # Errors
+/// When the system refuses.
+pub fn take_frames(tap: &OwnedFd) -> io::Result<()> {
+    set_queue(tap, ATTACH_QUEUE)
+}
+
+fn set_queue(tap: &impl AsRawFd, what: libc::c_int) -> io::Result<()> {
+    interface(tap, SET_QUEUE, "", Value::Flags(what)).map(drop)
+}
+
 fn make(request: &Request) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    // More than one queue, so that a process that is made ready for a restore can have one beside the present one's.
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
     interface(&file, libc::TUNSETIFF, &request.name, Value::Flags(flags))?;
     if let Some(owner) = request.owner {
         // SAFETY: `TUNSETOWNER` takes a number and touches no memory.
@@ -163,7 +192,9 @@ fn interface(
 mod tests {
     use std::process::Command;
 
-    use super::{Request, open};
+    use std::os::fd::OwnedFd;
+
+    use super::{Request, open, open_beside, take_frames};
 
     fn ip(line: &str) -> String {
         let output = Command::new("ip").args(line.split_whitespace()).output().expect("ip runs");
@@ -194,6 +225,48 @@ mod tests {
                 let during = ip("-o link show br0");
                 assert!(during.contains("fc:ff:ff:ff:ff:ff"), "{during}");
             }
+        };
+        std::thread::spawn(look).join().expect("looked");
+    }
+
+    /// How many frames are waiting in a tap.
+    fn waiting(tap: &OwnedFd) -> usize {
+        use std::os::fd::AsFd;
+        let mut frame = [0; 2048];
+        let flags = rustix::fs::fcntl_getfl(tap).expect("flags");
+        rustix::fs::fcntl_setfl(tap, flags | rustix::fs::OFlags::NONBLOCK).expect("flags");
+        std::iter::from_fn(|| rustix::io::read(tap.as_fd(), &mut frame).ok()).count()
+    }
+
+    #[test]
+    fn frames_go_to_the_one_before_until_the_next_takes_them() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: it needs root");
+            return;
+        }
+        let look = || {
+            // Deprecated because some of its flags are not safe; this one is.
+            #[allow(deprecated)]
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).expect("a network of our own");
+            ip("link add br0 type bridge");
+            ip("address add 198.18.0.1/24 dev br0");
+            ip("link set br0 up");
+            let request = Request { name: "t0".to_owned(), bridge: "br0".to_owned(), owner: None };
+            let before = open(&request).expect("a tap");
+            let next = open_beside(&request).expect("a queue more");
+            let send = || {
+                let socket = std::net::UdpSocket::bind("198.18.0.1:0").expect("socket");
+                socket.set_broadcast(true).expect("broadcast");
+                for port in 1000..1032 {
+                    socket.send_to(b"x", ("198.18.0.255", port)).expect("sent");
+                }
+            };
+            send();
+            assert!(waiting(&before) >= 32 && waiting(&next) == 0, "the one before has them all");
+            drop(before);
+            take_frames(&next).expect("taken");
+            send();
+            assert!(waiting(&next) >= 32, "the device is still on its bridge, and the next one has them");
         };
         std::thread::spawn(look).join().expect("looked");
     }

@@ -1,10 +1,15 @@
 //! Putting a VM back to a snapshot, whatever it is doing: running, held, panicked, hung, or without a process.
 //!
 //! ```text
-//! the old process is killed ┐                       nothing here grows with the guest's memory: the image is mapped,
-//! a new layer is made       ├─► the new process ─► device state (0.3 MB) is loaded ─► cont
-//! the record is written     ┘   maps memory.raw
+//! a process is made ready: memory.raw mapped, device state loaded    the VM runs on and knows nothing ([`ready`])
+//! records are staged        ┐
+//! the old process unplugged ├─► it is killed ─► the new one is plugged in ─► the records get their names ─► cont
 //! ```
+//!
+//! Nothing here grows with the guest's memory: the image is mapped. And between the old guest's last instruction and the
+//! new one's first nothing waits for a disk: the records' content is there before, and that they have got their names is
+//! brought to the disk afterwards. A power cut in between finds the old records, whole, and the old disk, for nothing of
+//! that is removed before; whoever commanded the restore then finds it not done and does it again.
 //!
 //! The old process is killed without a word, since a guest that is to be put back has nothing to say, and without being
 //! waited for: once the signal is sent, the kernel lets none of its threads run another instruction of its own, while
@@ -12,32 +17,51 @@
 //! and everything below is frozen. It is waited for before the snapshot's old neighbour, the layer that it wrote to, is
 //! removed.
 //!
-//! **A restore that fails** leaves the VM on the disk that it had. What can be known to be wrong is found before the old
-//! process is killed, and harms nothing. When it is QEMU that fails afterwards, the record names the old chain again, the
-//! new layer is removed, and the VM is stopped: whoever commanded this takes an undo snapshot first, and has the VM
-//! put back to that.
+//! **A restore that fails** leaves the VM running as it was, if it is the snapshot that is at fault, or QEMU that does
+//! not come up: all of that is found before the old process is killed. When something fails afterwards, the record names
+//! the old chain again, the new layer is removed, and the VM is stopped: whoever commanded this takes an undo snapshot
+//! first, and has the VM put back to that.
 //!
-//! A restore that is run again does the same again, on the same new layer, made empty again.
+//! A process that is in the way, as one may be that hangs with a file open that it should not have, is killed first, and
+//! the restore goes on without it. So is one that writes to the very layer that is to be made: then the same task is
+//! being run again.
 
 use std::time::{Duration, Instant};
 
 use berth_api::agent::{TaskOutput, VmDefinition};
-use berth_model::snapshot::RestoreFacts;
+use berth_model::snapshot::{ClockSetting, RestoreFacts};
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
-use super::archive::{self, Manifest, MemoryManifest, SnapshotFiles};
-use super::image::{self, MemoryImage};
-use super::layers;
-use crate::durable::{FileError, blocking, with_causes};
+use super::ready::{self, Machine, Network, NotReady, Ready, Wanted};
+use super::{afterwards, archive, layers, working_set};
+use crate::durable::{blocking, with_causes};
+use crate::launcher::Process;
 use crate::layout::VmRecord;
 use crate::migration::incoming::{Incoming, IncomingError};
 use crate::task::TaskContext;
-use crate::vm::{LaunchPlan, Memory, VmRuntime};
+use crate::vm::VmRuntime;
 
 /// How long the old process may take to let go of its network: it is a matter of a millisecond, unless it hangs.
 const UNPLUG_TIMEOUT: Duration = Duration::from_millis(100);
-/// How many pages of a full image are looked at before it is mapped: enough to know that it is not another one.
-const SAMPLED_PAGES: u64 = 16;
+/// How long a killed process may take to be gone when something waits for what it holds.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the command's answer waits to hear that the clock was set; the guest runs meanwhile. A guest agent that is
+/// there mostly answers sooner.
+const CLOCK_WAIT: Duration = Duration::from_millis(150);
+
+/// Where a VM is to be put back to.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// The VM as it is told to be; the machine is the snapshot's.
+    pub definition: &'a VmDefinition,
+    /// The snapshot.
+    pub snapshot: &'a SnapshotId,
+    /// The layer that the VM is to write to.
+    pub new_top: &'a LayerId,
+    /// The guest is to be held afterwards, though it ran then.
+    pub paused: bool,
+}
 
 impl From<IncomingError> for Problem {
     fn from(error: IncomingError) -> Self {
@@ -52,54 +76,161 @@ impl From<IncomingError> for Problem {
 /// Puts the VM back to a snapshot.
 ///
 /// # Errors
-/// When the snapshot is not here or not whole: the VM is then as it was. When QEMU can't load it: the VM is then
-/// stopped, and its disk as it was.
+/// When the snapshot is not here or not whole, or can't be loaded: the VM is then as it was. When the system or QEMU
+/// fails after the old process was killed: the VM is then stopped, and its disk as it was.
 pub async fn restore(
     vm: &mut VmRuntime,
     context: &TaskContext,
-    definition: &VmDefinition,
-    snapshot: &SnapshotId,
-    new_top: &LayerId,
+    target: Target<'_>,
 ) -> Result<TaskOutput, Problem> {
     let started = Instant::now();
     context.phase("restoring");
-    let manifest = archive::read(vm.dirs()?, snapshot)?;
-    let files = SnapshotFiles::of(vm.dirs()?, snapshot);
-    check(vm, &manifest, &files, new_top)?;
-    let device = read_device(&manifest, &files).await?;
-    let image = open_memory(&manifest, &files).await?;
+    check(vm, target.new_top)?;
+    let (ready, warm_process) = get_ready(vm, target).await?;
+    let (working_set_bytes, snapshot) = (ready.working_set_bytes, ready.manifest.snapshot.clone());
     let old_record = vm.vm_record().ok().cloned();
     let old_process = vm.process().cloned();
-    if let Some(process) = &old_process {
-        unplug(vm).await;
-        process.kill();
-    }
-    if let Err(problem) = put_back(vm, definition, &manifest, (device, image), new_top).await {
-        return Err(go_back(vm, problem, old_record, new_top).await);
-    }
+    let runs = match switch(vm, ready, target.paused).await {
+        Ok(runs) => runs,
+        Err(problem) => return Err(go_back(vm, problem, old_record, target.new_top).await),
+    };
     let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let pages_faulted = match vm.process() {
+        Some(process) => {
+            let memory = archive::SnapshotFiles::of(vm.dirs()?, &snapshot).memory();
+            working_set::pages_present(process.record().pid, memory).await
+        }
+        None => 0,
+    };
+    let clock = if runs { Some(afterwards::begin(vm, &snapshot)?) } else { None };
     // The guest runs: now there is time for the disk.
-    layers::sync(&vm.dirs()?.layer(new_top)).await?;
+    layers::sync(&vm.dirs()?.layer(target.new_top)).await?;
+    vm.sync_records().await?;
     if let Some(process) = old_process {
         process.exited().await;
     }
     remove_abandoned(vm, &old_record.map(|record| record.chain).unwrap_or_default()).await;
-    Ok(TaskOutput::Restored { facts: RestoreFacts { running_us, undo_us: 0 } })
+    let clock = match clock {
+        Some(told) => {
+            tokio::time::timeout(CLOCK_WAIT, told).await.ok().and_then(Result::ok).unwrap_or_default()
+        }
+        None => ClockSetting::Held,
+    };
+    let undo_us = 0;
+    let facts = RestoreFacts { running_us, undo_us, warm_process, pages_faulted, working_set_bytes, clock };
+    tracing::info!(vm = %vm.id(), %snapshot, ?facts, "put back");
+    Ok(TaskOutput::Restored { facts })
 }
 
-/// The deed: the disk, and then the machine.
-async fn put_back(
-    vm: &mut VmRuntime,
-    definition: &VmDefinition,
-    manifest: &Manifest,
-    (device, image): (Vec<u8>, Option<MemoryImage>),
-    new_top: &LayerId,
-) -> Result<(), Problem> {
-    put_disk_back(vm, definition, manifest, new_top).await?;
-    match (&manifest.memory, image) {
-        (Some(memory), Some(image)) => start(vm, memory, device, image).await,
-        _ => vm.end_process().await.map(drop),
+/// Finds out what can be found out before anything is done.
+fn check(vm: &VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
+    let below = vm.chain().unwrap_or_default().split_last().map_or(&[][..], |(_, below)| below);
+    if below.contains(new_top) {
+        let message = format!("{new_top} is a frozen layer of {}", vm.id());
+        return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
     }
+    Ok(())
+}
+
+/// The machine that the VM is to become: the one that was made ready before, or one that is made so now. Says whether
+/// it was ready before.
+async fn get_ready(vm: &mut VmRuntime, target: Target<'_>) -> Result<(Ready, bool), Problem> {
+    let wanted = Wanted {
+        definition: target.definition.clone(),
+        snapshot: target.snapshot.clone(),
+        new_top: target.new_top.clone(),
+    };
+    if let Some(warm) = vm.ready_mut().take()
+        && let Some(ready) = warm.take().await
+    {
+        return Ok((ready, true));
+    }
+    let ground = vm.ground()?;
+    if let Some(network) = ready::beside(vm, target.new_top) {
+        match ready::make(&ground, &wanted, network).await {
+            Ok(ready) => return Ok((ready, false)),
+            Err(NotReady { problem, in_the_way: false }) => {
+                ready::forget_layer(&ground.dirs, vm.chain()?, target.new_top).await;
+                return Err(problem);
+            }
+            Err(NotReady { problem, .. }) => {
+                tracing::warn!(vm = %vm.id(), %problem, "the present process is killed first: it may be in the way");
+            }
+        }
+    }
+    // What is wrong with the snapshot is to be found while the VM still runs, in this case too.
+    archive::read(&ground.dirs, target.snapshot)?;
+    if let Some(process) = vm.process().cloned() {
+        unplug(vm).await;
+        process.kill();
+        let gone = tokio::time::timeout(END_TIMEOUT, process.exited());
+        gone.await.map_err(|_| hangs(vm))?;
+    } else {
+        vm.end_process().await?;
+    }
+    let forwards = vm.host_record()?.forwards.clone();
+    match ready::make(&ground, &wanted, Network::Free(forwards)).await {
+        Ok(ready) => Ok((ready, false)),
+        Err(NotReady { problem, .. }) => {
+            let old = vm.vm_record().ok().cloned();
+            Err(go_back(vm, problem, old, target.new_top).await)
+        }
+    }
+}
+
+fn hangs(vm: &VmRuntime) -> Problem {
+    Problem::new(ProblemCode::Hypervisor, format!("the process of {} does not end", vm.id()))
+}
+
+/// The deed. Says whether the guest runs.
+async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, Problem> {
+    let Ready { manifest, record, forwards, machine, .. } = ready;
+    let Some(mut machine) = machine else {
+        vm.end_process().await?;
+        vm.set_vm_record(record).await?;
+        return Ok(false);
+    };
+    let mut host = vm.host_record()?.clone();
+    host.process = Some(machine.process().record().clone());
+    host.sockets = Some(machine.sockets.clone());
+    host.forwards = forwards;
+    host.trouble = None;
+    let (staged, ()) = tokio::join!(vm.stage(record, host), unplug(vm));
+    let staged = staged?;
+    let old = vm.process().cloned();
+    if let Some(process) = &old {
+        process.kill();
+    }
+    plug(&mut machine, old.as_ref()).await?;
+    let (launched, incoming) = machine.into_parts();
+    let process = launched.process.clone();
+    if let Err(problem) = vm.take_over(staged, launched).await {
+        process.kill();
+        return Err(problem);
+    }
+    let runs = manifest.memory.is_some_and(|memory| memory.was_running) && !paused;
+    let_go_on(vm, incoming, runs).await?;
+    Ok(runs)
+}
+
+/// Lets the guest run if it shall.
+async fn let_go_on(vm: &VmRuntime, mut incoming: Incoming, runs: bool) -> Result<(), Problem> {
+    if runs {
+        incoming.run().await?;
+    } else {
+        vm.status().process_rests();
+    }
+    Ok(())
+}
+
+/// Gives the new process its network. One that the old process has not let go of is waited for.
+async fn plug(machine: &mut Machine, old: Option<&Process>) -> Result<(), Problem> {
+    let qmp = machine.qmp().clone();
+    let (Err(problem), Some(old)) = (machine.plug.plug(&qmp).await, old) else { return Ok(()) };
+    tracing::debug!(%problem, "the network is waited for");
+    // It has been killed.
+    let _ = tokio::time::timeout(END_TIMEOUT, old.exited()).await;
+    machine.plug.plug(&qmp).await
 }
 
 /// After a failure: no process, the disk that the VM had, and the record saying so.
@@ -128,68 +259,8 @@ async fn go_back(
     problem
 }
 
-/// Finds out what can be found out before anything is done.
-fn check(
-    vm: &VmRuntime,
-    manifest: &Manifest,
-    files: &SnapshotFiles,
-    new_top: &LayerId,
-) -> Result<(), Problem> {
-    let below = vm.chain().unwrap_or_default().split_last().map_or(&[][..], |(_, below)| below);
-    if manifest.layers.contains(new_top) || below.contains(new_top) {
-        let message = format!("{new_top} is a frozen layer of {}", vm.id());
-        return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
-    }
-    for layer in &manifest.layers {
-        let path = vm.dirs()?.layer(layer);
-        std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?;
-    }
-    if let Some(memory) = &manifest.memory {
-        let path = files.memory();
-        let length = std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?.len();
-        let expected = vm.memory_bytes()?;
-        if length != memory.bytes || length != expected {
-            return Err(archive::ArchiveError::Damaged {
-                snapshot: manifest.snapshot.clone(),
-                path,
-                detail: format!("{length} bytes, expected {expected}"),
-            }
-            .into());
-        }
-    }
-    Ok(())
-}
-
-/// The device state, found unharmed; nothing when the snapshot is of a disk alone.
-async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
-    let Some(memory) = &manifest.memory else { return Ok(Vec::new()) };
-    let (path, snapshot, expected) =
-        (files.device(), manifest.snapshot.clone(), memory.device_blake3.clone());
-    blocking(move || {
-        let bytes = std::fs::read(&path).map_err(FileError::io(&path, "read"))?;
-        if blake3::hash(&bytes).to_hex().as_str() == expected {
-            return Ok(bytes);
-        }
-        let detail = "its checksum differs".to_owned();
-        Err(archive::ArchiveError::Damaged { snapshot, path, detail }.into())
-    })
-    .await
-}
-
-/// The memory, as far as it can be seen to be unharmed without reading all of it.
-async fn open_memory(manifest: &Manifest, files: &SnapshotFiles) -> Result<Option<MemoryImage>, Problem> {
-    let Some(memory) = manifest.memory.clone() else { return Ok(None) };
-    let (files, snapshot) = (files.clone(), manifest.snapshot.clone());
-    blocking(move || {
-        let image = MemoryImage::open(&files, &snapshot, &memory)?;
-        image.sample(SAMPLED_PAGES)?;
-        Ok(Some(image))
-    })
-    .await
-}
-
-/// Takes the old process off the network, so that its taps and ports are free for the new one before its memory has been
-/// taken apart. One that does not obey is killed all the same, and the new one waits for it.
+/// Takes the present process, if there is one, off the network, so that its taps and ports are free for the new one
+/// before its memory has been taken apart. One that does not obey is killed all the same, and the new one waits for it.
 async fn unplug(vm: &VmRuntime) {
     let (Ok(qmp), Ok(definition)) = (vm.qmp(), vm.definition()) else { return };
     let unplugged = async {
@@ -199,53 +270,6 @@ async fn unplug(vm: &VmRuntime) {
         }
     };
     let _ = tokio::time::timeout(UNPLUG_TIMEOUT, unplugged).await;
-}
-
-/// A new layer on the snapshot's, and the record of it. The machine is the one that the snapshot is of.
-async fn put_disk_back(
-    vm: &mut VmRuntime,
-    definition: &VmDefinition,
-    manifest: &Manifest,
-    new_top: &LayerId,
-) -> Result<(), Problem> {
-    let below = super::last(&manifest.layers)?;
-    let definition = VmDefinition {
-        spec: manifest.definition.spec.clone(),
-        image: manifest.definition.image.clone(),
-        ..definition.clone()
-    };
-    let mut chain = manifest.layers.clone();
-    chain.push(new_top.clone());
-    layers::create(vm, below, new_top).await?;
-    vm.set_vm_record(VmRecord { definition, chain }).await
-}
-
-/// A new process with the snapshot's memory, loaded and, if it ran then, running.
-async fn start(
-    vm: &mut VmRuntime,
-    memory: &MemoryManifest,
-    device: Vec<u8>,
-    image: MemoryImage,
-) -> Result<(), Problem> {
-    let mapped = image.paths().memory();
-    let plan =
-        LaunchPlan { chain: vm.chain()?.to_vec(), memory: Memory::Image(mapped.clone()), incoming: true };
-    let openable = archive::Openable::open(mapped, vm.user_id()?)?;
-    let launched = vm.launch(&plan).await?;
-    drop(openable);
-    let qmp = launched.qmp.clone();
-    vm.install(launched).await?;
-    let (mut incoming, stream) = Incoming::start(&qmp, false).await?;
-    let fed = blocking(move || Ok(image::feed(stream, &device, image)?));
-    let (fed, loaded) = tokio::join!(fed, incoming.until_loaded());
-    fed?;
-    loaded?;
-    if memory.was_running {
-        incoming.run().await?;
-    } else {
-        vm.status().process_rests();
-    }
-    Ok(())
 }
 
 /// Removes the layer that the VM wrote to before. The restore has succeeded: that this fails is only worth a warning.

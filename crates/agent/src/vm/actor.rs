@@ -123,6 +123,7 @@ impl Vms {
             status: Arc::clone(&handle.status),
             console: Arc::clone(&handle.console),
             notices,
+            ready: None,
         };
         let receiving = Arc::clone(&handle.receiving);
         let owner = Owner { vms: Arc::downgrade(self), runtime, jobs, noticed, receiving };
@@ -272,6 +273,7 @@ pub(super) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
 
 async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, Problem> {
     lifecycle::admit_generation(vm, task.put().generation).await?;
+    snapshot::drop_unwanted(vm, &task.put().spec).await;
     match &task.put().spec {
         TaskSpec::PrepareVm { definition } => lifecycle::prepare(vm, task, definition).await,
         TaskSpec::StartVm { definition } => lifecycle::start(vm, task, definition).await,
@@ -281,9 +283,19 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
         TaskSpec::PauseVm => lifecycle::pause(vm).await,
         TaskSpec::ResumeVm => lifecycle::resume(vm).await,
         TaskSpec::DeleteVm { pool, keep_files } => lifecycle::delete(vm, pool, *keep_files).await,
-        TaskSpec::TakeSnapshot { snapshot, new_top } => snapshot::take(vm, task, snapshot, new_top).await,
-        TaskSpec::RestoreSnapshot { definition, snapshot, new_top } => {
-            snapshot::restore(vm, task, definition, snapshot, new_top).await
+        TaskSpec::TakeSnapshot { snapshot, new_top, next } => {
+            if let Some(next) = next {
+                snapshot::make_ready(vm, next);
+            }
+            let taken = snapshot::take(vm, task, snapshot, new_top).await;
+            if taken.is_err() {
+                snapshot::drop_ready(vm).await;
+            }
+            taken
+        }
+        TaskSpec::RestoreSnapshot { definition, snapshot, new_top, paused } => {
+            let target = snapshot::Target { definition, snapshot, new_top, paused: *paused };
+            snapshot::restore(vm, task, target).await
         }
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::delete(vm, task, snapshot).await,
         TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {

@@ -247,7 +247,7 @@ async fn ask_to_power_down(vm: &VmRuntime) -> Result<(), Problem> {
     let view = *vm.status().view().borrow();
     if view.signal == Some(sensor::GUEST_AGENT) {
         let services = Arc::clone(vm.services());
-        let run_dir = services.run_dir(vm.id());
+        let run_dir = vm.run_dir();
         let connected = services.launcher.connect(&run_dir, Socket::GuestAgent).await;
         if let Ok(stream) = connected {
             let agent = GuestAgent::over(stream);

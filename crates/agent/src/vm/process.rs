@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_api::agent::VmDefinition;
 use berth_model::host::NetworkMode;
 use berth_model::vm::GuestState;
 use berth_model::{Problem, ProblemCode};
@@ -18,8 +19,10 @@ use tokio::task::AbortHandle;
 use super::status::Status;
 use super::{LaunchPlan, VmRuntime, sensor};
 use crate::launcher::{Exit, LaunchError, LaunchSpec, Launched, Process};
+use crate::layout::VmDirs;
 use crate::network::{self, Lease};
 use crate::qemu::Machine;
+use crate::services::Services;
 
 /// How long a killed process may take to be gone. The kernel gives back its memory first, some 20 ms a GiB; longer
 /// means that it hangs in the kernel, where nothing reaches it.
@@ -74,37 +77,69 @@ impl Drop for Running {
     }
 }
 
+/// All that a VM's process is started from: what its owner knows, so that one can be started while the owner does
+/// something else.
+#[derive(Clone)]
+pub struct Ground {
+    /// What the whole agent shares.
+    pub services: Arc<Services>,
+    /// What the VM is to be.
+    pub definition: VmDefinition,
+    /// Its directories.
+    pub dirs: VmDirs,
+}
+
+impl Ground {
+    /// The user and group of the process; none when it is the agent's own.
+    pub fn user_id(&self) -> Option<u32> {
+        self.services.user_id(self.definition.number)
+    }
+
+    /// Starts a process with this network. `sockets` names the directory for its sockets; none: that of a process that
+    /// is started while there is no other.
+    ///
+    /// # Errors
+    /// When the process does not come up; there is then none.
+    pub async fn launch(
+        &self,
+        plan: &LaunchPlan,
+        sockets: Option<&str>,
+        lease: Lease,
+    ) -> Result<Launched, Problem> {
+        let hypervisor = self.services.hypervisor().await.ok_or_else(stopping)?;
+        let Lease { nics, taps, .. } = lease;
+        let machine = Machine {
+            definition: &self.definition,
+            dirs: &self.dirs,
+            plan,
+            accelerator: hypervisor.accelerator,
+            nics: &nics,
+            direct_io: self.services.pool_facts(&self.dirs.pool.name).is_some_and(|pool| pool.direct_io),
+        };
+        let spec = LaunchSpec {
+            vm: self.definition.id.clone(),
+            arguments: machine.arguments(),
+            descriptors: taps,
+            run_dir: self.dirs.sockets(sockets),
+            user_id: self.user_id(),
+            machine: machine.summary(),
+        };
+        Ok(self.services.launcher.launch(spec).await?)
+    }
+}
+
 pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Launched, Problem> {
-    let services = Arc::clone(vm.services());
-    let hypervisor = services.hypervisor().await.ok_or_else(stopping)?;
-    if services.config.network.mode == NetworkMode::User
+    let ground = vm.ground()?;
+    if ground.services.config.network.mode == NetworkMode::User
         && let Some(before) = vm.process()
     {
         // Its ports are free only when it is gone. A tap is waited for by itself.
         let _ = tokio::time::timeout(END_TIMEOUT, before.exited()).await;
     }
-    let lease = network::lease(&services, vm.definition()?, &vm.host_record()?.forwards).await?;
+    let lease = network::lease(&ground.services, &ground.definition, &vm.host_record()?.forwards).await?;
     let forwards = lease.forwards.clone();
     vm.change_host_record(|record| record.forwards = forwards).await?;
-    let dirs = vm.dirs()?.clone();
-    let Lease { nics, taps, .. } = lease;
-    let machine = Machine {
-        definition: vm.definition()?,
-        dirs: &dirs,
-        plan,
-        accelerator: hypervisor.accelerator,
-        nics: &nics,
-        direct_io: services.pool_facts(&dirs.pool.name).is_some_and(|pool| pool.direct_io),
-    };
-    let spec = LaunchSpec {
-        vm: vm.id().clone(),
-        arguments: machine.arguments(),
-        descriptors: taps,
-        run_dir: dirs.run.clone(),
-        user_id: vm.user_id()?,
-        machine: machine.summary(),
-    };
-    Ok(services.launcher.launch(spec).await?)
+    ground.launch(plan, None, lease).await
 }
 
 pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<(), Problem> {
@@ -112,6 +147,7 @@ pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<()
     let record = launched.process.record().clone();
     let written = vm.change_host_record(|host| {
         host.process = Some(record);
+        host.sockets = None;
         host.trouble = None;
     });
     if let Err(problem) = written.await {
@@ -121,6 +157,14 @@ pub(super) async fn install(vm: &mut VmRuntime, launched: Launched) -> Result<()
     }
     attach(vm, launched);
     Ok(())
+}
+
+/// Makes a process the VM's present one that is on record already. The one before, if there is one, has been killed, and
+/// need not be gone.
+pub(super) fn replace(vm: &mut VmRuntime, launched: Launched) {
+    vm.running = None;
+    vm.stray = None;
+    attach(vm, launched);
 }
 
 /// Takes up a process that an agent before this one installed.
@@ -165,10 +209,10 @@ fn attach(vm: &mut VmRuntime, launched: Launched) -> u64 {
         serial,
         status: Arc::clone(&vm.status),
         launcher: Arc::clone(&vm.services.launcher),
-        run_dir: vm.services.run_dir(&vm.id),
+        run_dir: vm.run_dir(),
         resets: reset,
     };
-    let console = Arc::clone(&vm.console).run(Arc::clone(&vm.services.launcher), vm.services.run_dir(&vm.id));
+    let console = Arc::clone(&vm.console).run(Arc::clone(&vm.services.launcher), vm.run_dir());
     let mut listeners = vec![tokio::spawn(watcher.run(events)).abort_handle()];
     listeners.push(tokio::spawn(sensor.run()).abort_handle());
     listeners.push(tokio::spawn(console).abort_handle());
@@ -263,7 +307,7 @@ pub(super) async fn find_again(vm: &mut VmRuntime) -> Result<(), Problem> {
     }
     let Some(record) = vm.host_record()?.process.clone() else { return Ok(()) };
     let services = Arc::clone(vm.services());
-    let run_dir = services.run_dir(vm.id());
+    let run_dir = vm.run_dir();
     match services.launcher.adopt(&record, &run_dir).await {
         Ok(Some(launched)) => {
             vm.stray = None;
@@ -365,7 +409,8 @@ impl Watcher {
     }
 }
 
-fn stopping() -> Problem {
+/// A problem that says that the agent is ending.
+pub fn stopping() -> Problem {
     Problem::new(ProblemCode::Unreachable, "the agent is ending")
 }
 

@@ -143,13 +143,19 @@ async fn a_snapshot_tells_its_pause_and_a_restore_its_time() {
     let result = OperationResult::Restore {
         snapshot: SnapshotId::from_entropy([8; 10]),
         undo: Some(undo.clone()),
-        facts: berth_model::snapshot::RestoreFacts { running_us: 93_000, undo_us: 600_000 },
+        facts: berth_model::snapshot::RestoreFacts {
+            running_us: 93_000,
+            undo_us: 600_000,
+            warm_process: true,
+            clock: berth_model::snapshot::ClockSetting::Set,
+            ..Default::default()
+        },
     };
     let restored = Operation { result: Some(result), ..over(OperationState::Succeeded) };
     assert_eq!(
         crate::operation::outcome(&restored, &crate::lookup::HostNames::default()),
         format!(
-            "default/books is back, running 93.0 ms after the command; {undo} undoes it (taken before in 600 ms)"
+            "default/books is back, running 93.0 ms after the command (its process was ready), clock set; {undo} undoes it (taken before in 600 ms)"
         )
     );
 }

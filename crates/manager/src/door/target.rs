@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use berth_api::endpoint::Endpoint;
 use berth_api::manager::{
-    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, Segment, SegmentCreate,
-    SegmentPath, SnapshotPath, Token, TokenPath, User, UserPath, VmCreate, VmPath, VmRestore, WhoCan,
+    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, RestoreVm, Segment,
+    SegmentCreate, SegmentPath, SnapshotPath, Token, TokenPath, User, UserPath, VmCreate, VmPath, VmRestore,
+    WhoCan,
 };
 use berth_model::host::Host;
 use berth_model::image::Image;
@@ -95,26 +96,28 @@ pub struct TheSnapshot {
 impl<E: Endpoint<Path = SnapshotPath>> Target<E> for TheSnapshot {
     const KIND: ResourceKind = ResourceKind::Snapshot;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
-        snapshot(cluster, &input.path.vm, Some(&input.path.snapshot))
+        let named = RestoreVm { snapshot: Some(input.path.snapshot.clone()), ..RestoreVm::default() };
+        snapshot(cluster, &input.path.vm, &named)
     }
 }
 
-/// The snapshot that a VM is to be put back to: the one that the body names, or the VM's baseline.
+/// The snapshot that a VM is to be put back to: the one that the body names, the newest undo snapshot if that is what the
+/// body wants, or the VM's baseline.
 pub struct ToRestore(pub TheSnapshot);
 
 impl Target<VmRestore> for ToRestore {
     const KIND: ResourceKind = ResourceKind::Snapshot;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<VmRestore>) -> Result<Located<Self>, Problem> {
-        let found = snapshot(cluster, &input.path.vm, input.body.snapshot.as_deref())?;
+        let found = snapshot(cluster, &input.path.vm, &input.body)?;
         Ok(Located { resource: found.resource, target: Self(found.target) })
     }
 }
 
-/// A snapshot of a VM by id or name; none: the VM's baseline.
-fn snapshot(cluster: &Cluster, vm_name: &str, name: Option<&str>) -> Result<Located<TheSnapshot>, Problem> {
+/// A snapshot of a VM, as a restore would have it.
+fn snapshot(cluster: &Cluster, vm_name: &str, wish: &RestoreVm) -> Result<Located<TheSnapshot>, Problem> {
     let vm = vm(cluster, vm_name)?;
     let TheVm(row) = vm.target;
-    let found = workflow::restore::wanted(&cluster.records, &row, name)?;
+    let found = workflow::restore::wanted(&cluster.records, &row, wish)?;
     let is_last = cluster.records.snapshots_of(&row.value.id).len() == 1;
     let resource = Resource::snapshot(vm.resource, &row, &found, is_last);
     Ok(Located { resource, target: TheSnapshot { vm: row, snapshot: found } })

@@ -165,7 +165,9 @@ async fn restore(call: Call<VmRestore, ToRestore>) -> Result<Answer<OperationRef
     let (if_match, dry_run) = (call.if_match()?, call.input.query.dry_run.unwrap_or_default());
     let TheSnapshot { vm, snapshot } = &call.target.0;
     let mut wish = call.input.body;
+    // What was asked about is what is done, whatever the newest one is by then.
     wish.snapshot = Some(snapshot.value.id.to_string());
+    wish.newest_undo = false;
     let request = OperationRequest::SnapshotRestore { vm: vm.value.id.clone(), wish };
     let begin = Begin { if_match, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await

@@ -11,7 +11,8 @@
 
 use std::sync::Arc;
 
-use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_api::agent::{NextRestore, TaskOutput, TaskSpec};
+use berth_api::manager::RestoreVm;
 use berth_model::host::Host;
 use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotKind, UNDO_KEPT_MS};
@@ -40,6 +41,8 @@ pub struct RestoreRecord {
     /// What the VM writes to after it was put back to the undo snapshot.
     back_top: LayerId,
     undo: Option<Capture>,
+    #[serde(default)]
+    paused: bool,
     facts: RestoreFacts,
 }
 
@@ -57,7 +60,7 @@ impl Workflow for RestoreSnapshot {
         let OperationRequest::SnapshotRestore { wish, .. } = request else { return Err(wrong_request()) };
         let vm = desk.vm()?;
         let host = reachable_host(desk.cluster, vm)?;
-        let snapshot = wanted(&desk.cluster.records, vm, wish.snapshot.as_deref())?;
+        let snapshot = wanted(&desk.cluster.records, vm, wish)?;
         let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
         let undo = if running && !wish.no_undo {
             // Whoever restores again and again must not fill what a segment may have: without an undo snapshot it
@@ -75,9 +78,10 @@ impl Workflow for RestoreSnapshot {
             None
         };
         let first = if undo.is_some() { "take an undo snapshot and " } else { "" };
+        let held = if wish.paused { " and hold it there" } else { "" };
         Ok(Plan {
             subject: vm.full_name(),
-            summary: format!("{first}put {} back to snapshot {}", vm.full_name(), snapshot.name),
+            summary: format!("{first}put {} back to snapshot {}{held}", vm.full_name(), snapshot.name),
             record: RestoreRecord {
                 vm: vm.value.id.clone(),
                 host: host.value.id.clone(),
@@ -86,6 +90,7 @@ impl Workflow for RestoreSnapshot {
                 new_top: desk.cluster.new_layer_id(),
                 back_top: desk.cluster.new_layer_id(),
                 undo,
+                paused: wish.paused,
                 facts: RestoreFacts::default(),
             },
             about: About::Vm(Arc::clone(vm)),
@@ -102,12 +107,19 @@ impl Workflow for RestoreSnapshot {
     }
 }
 
-/// The snapshot that a VM is to be put back to: the named one, or its baseline.
+/// The snapshot that a VM is to be put back to: the named one, its newest undo snapshot, or its baseline.
 pub(crate) fn wanted(
     records: &Records,
     vm: &Row<Vm>,
-    named: Option<&str>,
+    wish: &RestoreVm,
 ) -> Result<Arc<Row<Snapshot>>, Problem> {
+    let named = wish.snapshot.as_deref();
+    if wish.newest_undo {
+        return match named {
+            Some(name) => Err(Problem::field("snapshot", name, "no snapshot beside newest_undo")),
+            None => newest_undo(records, vm),
+        };
+    }
     match (named, &vm.status.baseline) {
         (Some(name), _) => records.find_snapshot(&vm.value.id, name),
         (None, Some(baseline)) => records.find_snapshot(&vm.value.id, baseline.as_str()),
@@ -119,9 +131,25 @@ pub(crate) fn wanted(
     }
 }
 
+/// What takes back the newest restore of a VM.
+fn newest_undo(records: &Records, vm: &Row<Vm>) -> Result<Arc<Row<Snapshot>>, Problem> {
+    let undo = records.snapshots_of(&vm.value.id).into_iter().filter(|one| one.kind == SnapshotKind::Undo);
+    undo.max_by_key(|one| (one.created_at, one.id.clone())).ok_or_else(|| {
+        let message = format!("{} has no undo snapshot: it was not restored lately", vm.full_name());
+        Problem::new(ProblemCode::WrongState, message).at("newest_undo", true, "a restore to take back")
+    })
+}
+
 async fn take_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     let Some(mut capture) = run.record.undo.clone() else { return Ok(()) };
-    capture.snapshot.facts = match take(run, &run.record.host, &capture, "undo-snapshot").await {
+    let row = run.cluster.records.require::<Vm>(run.record.vm.as_str())?;
+    let next = NextRestore {
+        definition: *definition(&run.cluster, &row)?,
+        snapshot: run.record.snapshot.clone(),
+        new_top: run.record.new_top.clone(),
+    };
+    let taken = take(run, &run.record.host, &capture, "undo-snapshot", Some(Box::new(next))).await;
+    capture.snapshot.facts = match taken {
         Ok(facts) => facts,
         Err(mut problem) => {
             problem.message = format!("no undo snapshot could be taken: {} (see no_undo)", problem.message);
@@ -157,11 +185,12 @@ async fn restore(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
         definition: definition(&run.cluster, &row)?,
         snapshot: snapshot.clone(),
         new_top: new_top.clone(),
+        paused: run.record.paused,
     };
     let output = run.command_to_the_end(Command { host, vm: Some(vm), label: "restore", spec }).await?;
     // Nothing that could fail may come after the deed: see `no_return`.
     if let TaskOutput::Restored { facts } = output {
-        run.record.facts.running_us = facts.running_us;
+        run.record.facts = RestoreFacts { undo_us: run.record.facts.undo_us, ..facts };
     } else {
         tracing::error!(operation = %run.id(), ?output, "the agent restored and did not say how");
     }
@@ -178,6 +207,7 @@ async fn go_back(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
                 definition: definition(&run.cluster, &row)?,
                 snapshot: capture.snapshot.id.clone(),
                 new_top: back_top.clone(),
+                paused: false,
             };
             let command = Command { host, vm: Some(vm), label: "go-back", spec };
             run.command_or_pass(command).await.map(drop)
@@ -199,11 +229,16 @@ async fn was_touched(run: &Run<RestoreSnapshot>, host: &HostId, vm: &VmId, new_t
 }
 
 async fn record(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    let RestoreRecord { vm, snapshot, has_memory, new_top, .. } = &run.record;
+    let RestoreRecord { vm, snapshot, has_memory, new_top, paused, .. } = &run.record;
+    let state = match (has_memory, paused) {
+        (true, true) => VmState::Paused,
+        (true, false) => VmState::Running,
+        (false, _) => VmState::Stopped,
+    };
     run.change_status(vm, |status| {
         status.at_snapshot = Some(snapshot.clone());
         status.top_layer = new_top.clone();
-        settle(status, if *has_memory { VmState::Running } else { VmState::Stopped });
+        settle(status, state);
         // What was known of the guest was of the one before.
         if *has_memory {
             status.guest = GuestState::Booting;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_api::agent::{NextRestore, TaskOutput, TaskSpec};
 use berth_model::name::Name;
 use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::snapshot::{Snapshot, SnapshotFacts, SnapshotKind};
@@ -76,7 +76,8 @@ impl Workflow for CreateSnapshot {
 }
 
 async fn capture(run: &mut Run<CreateSnapshot>) -> Result<(), Problem> {
-    run.record.capture.snapshot.facts = take(run, &run.record.host, &run.record.capture, "capture").await?;
+    run.record.capture.snapshot.facts =
+        take(run, &run.record.host, &run.record.capture, "capture", None).await?;
     Ok(())
 }
 
@@ -155,9 +156,10 @@ pub(super) async fn take<W: Workflow>(
     host: &HostId,
     capture: &Capture,
     label: &str,
+    next: Option<Box<NextRestore>>,
 ) -> Result<SnapshotFacts, Problem> {
     let (vm, snapshot) = (&capture.snapshot.vm, capture.snapshot.id.clone());
-    let spec = TaskSpec::TakeSnapshot { snapshot, new_top: capture.new_top.clone() };
+    let spec = TaskSpec::TakeSnapshot { snapshot, new_top: capture.new_top.clone(), next };
     match run.command(Command { host, vm: Some(vm), label, spec }).await? {
         TaskOutput::Snapshot { facts } => Ok(facts),
         _ => Err(Problem::new(ProblemCode::Internal, "the agent took a snapshot and did not say which")),

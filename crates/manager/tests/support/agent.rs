@@ -446,8 +446,10 @@ impl FakeAgent {
                 }
                 done
             }
-            TaskSpec::TakeSnapshot { snapshot, new_top } => self.take_snapshot(&vm(), snapshot, new_top),
-            TaskSpec::RestoreSnapshot { snapshot, new_top, .. } => self.restore(&vm(), snapshot, new_top),
+            TaskSpec::TakeSnapshot { snapshot, new_top, .. } => self.take_snapshot(&vm(), snapshot, new_top),
+            TaskSpec::RestoreSnapshot { snapshot, new_top, paused, .. } => {
+                self.restore(&vm(), snapshot, new_top, *paused)
+            }
             TaskSpec::DeleteSnapshot { snapshot } => {
                 self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
                 done
@@ -508,7 +510,13 @@ impl FakeAgent {
         Ok(TaskOutput::Snapshot { facts })
     }
 
-    fn restore(&self, vm: &VmId, snapshot: &SnapshotId, new_top: &LayerId) -> Result<TaskOutput, Problem> {
+    fn restore(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+        paused: bool,
+    ) -> Result<TaskOutput, Problem> {
         let has_memory = self
             .pool(|pool| pool.vms.get(vm).and_then(|files| files.snapshots.get(snapshot).copied()))
             .ok_or_else(|| Problem::not_found("snapshot", snapshot))?;
@@ -526,10 +534,14 @@ impl FakeAgent {
             }
         });
         self.with(vm, |machine, guest| {
-            machine.process = if has_memory { Process::Running } else { Process::None };
+            machine.process = match (has_memory, paused) {
+                (true, true) => Process::Paused,
+                (true, false) => Process::Running,
+                (false, _) => Process::None,
+            };
             machine.guest = if has_memory { guest } else { GuestState::Off };
         })?;
-        Ok(TaskOutput::Restored { facts: RestoreFacts { running_us: 60_000, undo_us: 0 } })
+        Ok(TaskOutput::Restored { facts: RestoreFacts { running_us: 60_000, ..RestoreFacts::default() } })
     }
 
     fn with(&self, vm: &VmId, change: impl FnOnce(&mut Machine, GuestState)) -> Result<TaskOutput, Problem> {

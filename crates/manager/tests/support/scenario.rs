@@ -55,7 +55,7 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             let vm = running_vm(cluster, "books").await;
             snapshot(cluster, &vm, "first").await;
             snapshot(cluster, &vm, "second").await;
-            let wish = RestoreVm { snapshot: Some("first".to_owned()), no_undo: false };
+            let wish = RestoreVm { snapshot: Some("first".to_owned()), no_undo: false, ..Default::default() };
             OperationRequest::SnapshotRestore { vm, wish }
         }
         OperationKind::SnapshotDelete => {

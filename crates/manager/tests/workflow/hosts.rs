@@ -204,7 +204,11 @@ async fn an_undo_snapshot_expires_after_a_day() {
     let cluster = world.manager_with_hosts().await;
     let id = running_vm(&cluster, "books").await;
     snapshot(&cluster, &id, "first").await;
-    let wish = berth_api::manager::RestoreVm { snapshot: Some("first".into()), no_undo: false };
+    let wish = berth_api::manager::RestoreVm {
+        snapshot: Some("first".into()),
+        no_undo: false,
+        ..Default::default()
+    };
     done(&cluster, OperationRequest::SnapshotRestore { vm: id.clone(), wish }).await;
     assert_eq!(cluster.records.snapshots_of(&id).len(), 2);
     tokio::time::sleep(Duration::from_millis(UNDO_KEPT_MS - 120_000)).await;

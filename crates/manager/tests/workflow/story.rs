@@ -7,7 +7,7 @@ use berth_api::manager::{CreateVm, NewNic, RestoreVm};
 use berth_manager::cluster::{Cluster, Settings};
 use berth_manager::operations::{Begin, Filter, OperationRequest};
 use berth_manager::records::FixedPorts;
-use berth_model::operation::{OperationKind, OperationResult, OperationState};
+use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState};
 use berth_model::snapshot::SnapshotKind;
 use berth_model::vm::{GuestState, PortForward, Vm, VmState};
 use berth_model::{ImageId, Problem, ProblemCode, VmId};
@@ -20,7 +20,7 @@ use crate::world::{
 };
 
 fn restore(vm: &VmId, snapshot: Option<&str>, no_undo: bool) -> OperationRequest {
-    let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo };
+    let wish = RestoreVm { snapshot: snapshot.map(str::to_owned), no_undo, ..Default::default() };
     OperationRequest::SnapshotRestore { vm: vm.clone(), wish }
 }
 
@@ -124,6 +124,37 @@ async fn a_vm_is_broken_and_brought_back_and_that_can_be_taken_back() {
     // Back to where it was before, without another undo snapshot.
     done(&cluster, restore(&id, Some(undo.as_str()), true)).await;
     assert_eq!(vm(&cluster, &id).status.at_snapshot, Some(undo));
+    settle(&world, &cluster).await;
+    world.check_whole(&cluster).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_newest_restore_is_taken_back_and_that_is_too() {
+    let world = World::new(Pools::Local).await;
+    let cluster = world.manager_with_hosts().await;
+    let id = running_vm(&cluster, "books").await;
+    snapshot(&cluster, &id, "first").await;
+    let wish = |paused| RestoreVm { newest_undo: true, paused, ..RestoreVm::default() };
+    let back = |paused| OperationRequest::SnapshotRestore { vm: id.clone(), wish: wish(paused) };
+    let problem = refused(&cluster, back(false)).await;
+    assert_eq!((problem.code, problem.field.as_deref()), (ProblemCode::WrongState, Some("newest_undo")));
+    let named = RestoreVm { snapshot: Some("first".to_owned()), ..wish(false) };
+    let both = OperationRequest::SnapshotRestore { vm: id.clone(), wish: named };
+    assert_eq!(refused(&cluster, both).await.field.as_deref(), Some("snapshot"));
+
+    let undo_of = |operation: Operation| match operation.result {
+        Some(OperationResult::Restore { undo: Some(undo), .. }) => undo,
+        other => panic!("{other:?}"),
+    };
+    let one = undo_of(done(&cluster, restore(&id, Some("first"), false)).await);
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    let two = undo_of(done(&cluster, back(false)).await);
+    assert_eq!(vm(&cluster, &id).status.at_snapshot.as_ref(), Some(&one));
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    done(&cluster, back(true)).await;
+    let status = vm(&cluster, &id).status;
+    assert_eq!((status.at_snapshot, status.state), (Some(two), VmState::Paused), "held, as was asked");
     settle(&world, &cluster).await;
     world.check_whole(&cluster).await;
     cluster.shutdown().await;

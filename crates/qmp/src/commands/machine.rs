@@ -141,6 +141,15 @@ pub struct MachineType {
     pub deprecated: bool,
 }
 
+super::command! {
+    /// Has the monitor for people carry a line out: for the few things that have no command of their own. The reply is
+    /// what a person would read, and empty when all is well.
+    HumanMonitorCommand = "human-monitor-command" -> String {
+        /// The line.
+        command_line: String = "command-line",
+    }
+}
+
 /// Asks for the blocks of memory and where they lie in QEMU's address space. It goes through the monitor for people,
 /// the only one that tells; read the reply with [`parse_ram_blocks`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -64,7 +64,7 @@ impl Act {
             }
             Self::Restore(which) => {
                 let Some(snapshot) = chosen(client, vm, *which, |_| true).await? else { return Ok(None) };
-                let wish = contract::RestoreVm { snapshot, no_undo: false };
+                let wish = contract::RestoreVm { snapshot, no_undo: false, ..Default::default() };
                 client.call::<contract::VmRestore>(&path, &change, &wish).await?
             }
             Self::DeleteSnapshot(which) => {

@@ -127,6 +127,7 @@ fn execute(
             }
         },
         "announce-self" => Ok(json!({})),
+        "human-monitor-command" => Ok(json!("")),
         _ if name.starts_with("migrate") || name.starts_with("query-migrate") => {
             migration(shared, machine, name, arguments)
         }
