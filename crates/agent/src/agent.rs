@@ -96,6 +96,7 @@ impl Agent {
             pools,
             isolated_users,
             hypervisor: watch::Sender::new(Some(hypervisor)).subscribe(),
+            merges: Arc::default(),
             stopping: CancellationToken::new(),
             config,
         });

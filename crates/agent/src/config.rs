@@ -11,6 +11,11 @@ use serde::{Deserialize, Serialize};
 /// The first user id that is given to a VM's QEMU. Far above people and services, below where user namespaces are
 /// commonly put.
 pub const USER_ID_BASE: u32 = 2_000_000;
+/// The most layers that a VM's disk may lie on. Fewer: they are merged more often, which costs the disk. More: a cluster
+/// that nobody wrote to lately is looked for in more files, and starting a VM opens them all.
+pub const LAYERS_MAX: usize = 16;
+/// The least that `layers_max` may be: below it merging would never end.
+const LAYERS_MAX_LEAST: usize = 4;
 /// Longest name of a network device in Linux, in bytes.
 const INTERFACE_NAME_BYTES_MAX: usize = 15;
 
@@ -75,6 +80,10 @@ pub struct AgentConfig {
     /// Each VM's QEMU runs as this user id plus the VM's number, when the agent is root.
     #[serde(default = "default_user_id_base")]
     pub user_id_base: u32,
+    /// The most layers that a VM's disk may lie on, its writable one counted; layers are merged in the background so that
+    /// it is not reached. 0: layers are never merged, and there is no limit.
+    #[serde(default = "default_layers_max")]
+    pub layers_max: usize,
 }
 
 fn default_state_dir() -> PathBuf {
@@ -95,6 +104,10 @@ fn default_qemu_img_binary() -> PathBuf {
 
 const fn default_user_id_base() -> u32 {
     USER_ID_BASE
+}
+
+const fn default_layers_max() -> usize {
+    LAYERS_MAX
 }
 
 /// A configuration that can't be used.
@@ -169,6 +182,10 @@ impl AgentConfig {
         if self.user_id_base < 1000 {
             faults.push(format!("user_id_base is {}: expected 1000 or more", self.user_id_base));
         }
+        if (1..LAYERS_MAX_LEAST).contains(&self.layers_max) {
+            let expected = format!("{LAYERS_MAX_LEAST} or more, or 0 for no limit");
+            faults.push(format!("layers_max is {}: expected {expected}", self.layers_max));
+        }
         if faults.is_empty() { Ok(()) } else { Err(ConfigError::Values { faults }) }
     }
 }
@@ -227,10 +244,11 @@ mod tests {
         let mut config = parse(SMALLEST).expect("parse");
         config.state_dir = "relative".into();
         config.user_id_base = 0;
+        config.layers_max = 3;
         config.pools.push(config.pools[0].clone());
         config.network = NetworkConfig { mode: NetworkMode::Bridge, bridge: Some("br0/../x".into()) };
         let text = config.check().expect_err("wrong").to_string();
-        for part in ["state_dir", "user_id_base", "'local' twice", "network.bridge"] {
+        for part in ["state_dir", "user_id_base", "layers_max", "'local' twice", "network.bridge"] {
             assert!(text.contains(part), "{text} lacks {part}");
         }
     }

@@ -8,10 +8,15 @@ use berth_api::transport::BoxFuture;
 use berth_model::image::{PartFormat, PartRole};
 use berth_model::{LayerId, Problem, ProblemCode};
 
+use self::merging::Merging;
+use self::pace::Pace;
 use crate::durable::{self, FileError, blocking};
 use crate::layout::{VmDirs, part_file};
 use crate::vm::VmRuntime;
 
+pub mod clusters;
+pub mod merging;
+pub mod pace;
 pub mod tool;
 
 /// Mode of a file that is never written again.
@@ -41,10 +46,16 @@ pub struct NewLayer {
     pub user_id: Option<u32>,
 }
 
-/// Works on image files, in a process that can do nothing else.
+/// Works on image files; what a stranger made is only opened in a process that can do nothing else.
 pub trait ImageTool: Send + Sync {
     /// Makes an empty layer. On an error there is none.
     fn create_layer(&self, layer: NewLayer) -> BoxFuture<'_, Result<(), Problem>>;
+
+    /// Makes one new layer of several, at this pace. On an error there is none.
+    fn merge_layers(&self, work: Merging, pace: Pace) -> BoxFuture<'_, Result<(), Problem>>;
+
+    /// How much data several layers would have as one, in bytes.
+    fn measure_layers(&self, layers: Vec<PathBuf>) -> BoxFuture<'_, Result<u64, Problem>>;
 
     /// Checks a file that a stranger brought, which is said to be qcow2 and whose head was found to be in order.
     fn check_qcow2<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<(), Problem>>;

@@ -24,6 +24,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 
 use crate::agent::Agent;
+use crate::snapshot::deletion;
 
 mod console;
 mod image;
@@ -58,6 +59,9 @@ pub fn router(agent: &Arc<Agent>) -> Router {
         Ok(([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response())
     });
     router = mount::<contract::ConsoleOpen, _, _>(router, agent, console::open);
+    router = json::<contract::DeletionForecast, _, _>(router, agent, |agent, path, _, ()| async move {
+        deletion::forecast(agent.services(), &path.vm, &path.snapshot).await
+    });
     router = mount::<contract::PoolImageUpload, _, _>(router, agent, image::upload);
     router = mount::<contract::PeerImageDownload, _, _>(router, agent, image::download);
     router = mount::<contract::PeerMigrationOpen, _, _>(router, agent, migration::open);

@@ -18,6 +18,7 @@ use berth_model::{ImageId, LayerId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::AgentConfig;
+use crate::durable::UNFINISHED_SUFFIX;
 use crate::launcher::ProcessRecord;
 
 /// What a pool knows of a VM: `vms/<vm>/vm.json`.
@@ -235,6 +236,16 @@ impl VmDirs {
     /// A layer.
     pub fn layer(&self, layer: &LayerId) -> PathBuf {
         self.layers().join(format!("{layer}.qcow2"))
+    }
+
+    /// A layer that is not finished.
+    pub fn unfinished_layer(&self, layer: &LayerId) -> PathBuf {
+        self.layers().join(format!("{layer}.qcow2{UNFINISHED_SUFFIX}"))
+    }
+
+    /// The record of a merge of layers that is being carried out.
+    pub fn merge_record(&self) -> PathBuf {
+        self.disk.join("merge.json")
     }
 
     /// The cloud-init seed.

@@ -1,9 +1,11 @@
 //! What a monitoring system reads, in Prometheus' text format: taken when asked for, kept nowhere.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use berth_api::agent::AgentReport;
 use berth_model::vm::VmState;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
@@ -38,6 +40,7 @@ pub fn text(agent: &Agent) -> String {
             free.get_or_create(&labels).set(pool.free_bytes);
         }
     }
+    chains(&mut registry, agent, &report);
     let tasks = Gauge::<u64, AtomicU64>::default();
     tasks.set(agent.tasks().running() as u64);
     registry.register("tasks_running", "Tasks that are under way or wait for their turn", tasks);
@@ -48,5 +51,24 @@ pub fn text(agent: &Agent) -> String {
     match encode(&mut text, &registry) {
         Ok(()) => text,
         Err(error) => format!("# {error}\n"),
+    }
+}
+
+/// How many layers the VMs' disks lie on, and what merging them has come to.
+fn chains(registry: &mut Registry, agent: &Agent, report: &AgentReport) {
+    let longest = Gauge::<u64, AtomicU64>::default();
+    longest.set(report.vms.iter().map(|vm| u64::from(vm.layers)).max().unwrap_or(0));
+    registry.register("vm_layers_max", "Layers of the disk that lies on most", longest);
+    let merges = &agent.services().merges;
+    let sums = [
+        ("merges", "Times that layers were merged", &merges.merges),
+        ("merged_layers", "Layers that are fewer for it", &merges.layers),
+        ("merge_copied_bytes", "What was copied for it", &merges.copied_bytes),
+        ("merge_copied_milliseconds", "How long that took", &merges.copied_ms),
+    ];
+    for (name, help, sum) in sums {
+        let counter = Counter::<u64, AtomicU64>::default();
+        counter.inc_by(sum.load(Ordering::Relaxed));
+        registry.register(name, help, counter);
     }
 }

@@ -83,6 +83,7 @@ mod tests {
             guest: GuestState::Booting,
             migration: None,
             top: None,
+            layers: 0,
             forwards: Vec::new(),
             trouble: None,
         }

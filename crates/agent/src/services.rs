@@ -15,6 +15,7 @@ use crate::launcher::{Hypervisor, Launcher};
 use crate::layout::Layout;
 use crate::pool::PoolFacts;
 use crate::report::ReportBoard;
+use crate::snapshot::merge::MergeStatistics;
 
 /// Reaches other hosts' agents.
 pub trait PeerConnector: Send + Sync {
@@ -58,6 +59,8 @@ pub struct Services {
     pub isolated_users: bool,
     /// What QEMU can do here, once it has been asked.
     pub hypervisor: watch::Receiver<Option<Hypervisor>>,
+    /// What merging layers has come to.
+    pub merges: Arc<MergeStatistics>,
     /// Set when the agent is to end; QEMUs stay.
     pub stopping: CancellationToken,
 }

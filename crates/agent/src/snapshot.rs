@@ -31,10 +31,12 @@ mod afterwards;
 pub mod archive;
 mod base;
 pub mod capture;
+pub mod deletion;
 mod held;
 pub mod image;
 pub mod layers;
 pub mod memory;
+pub mod merge;
 pub mod overlay;
 pub mod ready;
 mod restore;
@@ -74,33 +76,16 @@ pub async fn take(
             manifest.facts
         }
         Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
+            merge::make_room(vm, context).await?;
             take_of_machine(vm, context, snapshot, new_top, started).await?
         }
-        Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
+        Err(ArchiveError::Missing { .. }) => {
+            merge::make_room(vm, context).await?;
+            take_of_disk(vm, snapshot, new_top, started).await?
+        }
         Err(error) => return Err(error.into()),
     };
     Ok(TaskOutput::Snapshot { facts })
-}
-
-/// Removes a snapshot, and the layers that nothing needs any more; nothing if there is none.
-///
-/// # Errors
-/// When the system refuses.
-pub async fn delete(
-    vm: &mut VmRuntime,
-    context: &TaskContext,
-    snapshot: &SnapshotId,
-) -> Result<TaskOutput, Problem> {
-    context.phase("deleting");
-    let dirs = vm.dirs()?.clone();
-    let chain = vm.chain()?.to_vec();
-    let snapshot = snapshot.clone();
-    blocking(move || {
-        archive::remove(&dirs, &snapshot)?;
-        remove_unneeded_layers(&dirs, &chain)
-    })
-    .await?;
-    Ok(TaskOutput::Done)
 }
 
 /// Finds how things stand after an agent died in the middle of a snapshot: what was not finished is removed, the guest

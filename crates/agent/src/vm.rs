@@ -439,7 +439,7 @@ impl VmRuntime {
 
     fn publish(&self) {
         if let Some(home) = &self.home {
-            self.status.set_record(&home.host, home.vm.as_ref().and_then(VmRecord::top));
+            self.status.set_record(&home.host, home.vm.as_ref());
         }
     }
 }

@@ -13,7 +13,7 @@ use berth_model::image::{Image, PartRole};
 use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
 use berth_model::operation::Progress;
-use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
+use berth_model::snapshot::{DeletionFacts, RestoreFacts, SnapshotFacts};
 use berth_model::vm::{GuestState, PortForward, VmSpec, VmState};
 use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
@@ -193,6 +193,11 @@ pub enum TaskOutput {
         /// What it cost.
         facts: SnapshotFacts,
     },
+    /// A snapshot was deleted.
+    Deleted {
+        /// What that freed, and what follows.
+        facts: DeletionFacts,
+    },
     /// The VM was put back.
     Restored {
         /// What it cost.
@@ -303,6 +308,9 @@ pub struct VmReport {
     /// The writable layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top: Option<LayerId>,
+    /// How many layers its disk lies on, the writable one counted.
+    #[serde(default)]
+    pub layers: u32,
     /// With user-mode networking: the ports that lead to each interface.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub forwards: Vec<Vec<PortForward>>,
@@ -361,6 +369,15 @@ pub struct AgentVmPath {
     pub vm: VmId,
 }
 
+/// A snapshot of a VM in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentSnapshotPath {
+    /// The VM's id.
+    pub vm: VmId,
+    /// The snapshot's.
+    pub snapshot: SnapshotId,
+}
+
 /// A part of an image in a pool, in a path.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PoolImagePath {
@@ -413,6 +430,8 @@ crate::endpoints! {
     TaskCancel: POST "/v1/tasks/{task}/cancel", Json, OperationCancel, path TaskPath, query Nothing, body (), reply Task;
     /// A VM's serial console, as a websocket of binary messages.
     ConsoleOpen: GET "/v1/vms/{vm}/console", WebSocket, VmConsole, path AgentVmPath, query Nothing, body (), reply ();
+    /// What deleting a snapshot would free and cost.
+    DeletionForecast: GET "/v1/vms/{vm}/snapshots/{snapshot}/deletion", Json, SnapshotView, path AgentSnapshotPath, query Nothing, body (), reply DeletionFacts;
     /// Put a part of an image into a pool, checking it.
     PoolImageUpload: PUT "/v1/pools/{pool}/images/{image}/parts/{role}", Upload, ImageImport, path PoolImagePath, query PartQuery, body (), reply StoredPart;
     /// The agent's metrics, in Prometheus' text format.

@@ -191,6 +191,7 @@ pub fn vm(name: &str) -> Vm {
             baseline_note: None,
             at_snapshot: None,
             top_layer: LayerId::from_entropy([1; 10]),
+            layers: 1,
             operation: None,
             generation: 1,
             trouble: None,

@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use berth_agent::config::{NetworkConfig, PoolConfig, USER_ID_BASE};
+use berth_agent::config::{LAYERS_MAX, NetworkConfig, PoolConfig, USER_ID_BASE};
 use berth_agent::identity::{IdentityError, IdentityFiles};
 use berth_agent::layout::Layout;
 use berth_agent::{AgentConfig, Enrolment};
@@ -174,6 +174,7 @@ fn wanted_config(arguments: &Arguments) -> Result<AgentConfig, Failure> {
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         network,
         user_id_base: USER_ID_BASE,
+        layers_max: LAYERS_MAX,
     })
 }
 

@@ -173,6 +173,9 @@ pub fn outcome(operation: &Operation, hosts: &HostNames) -> String {
         Some(OperationResult::Snapshot { facts, .. }) => {
             format!("{}: snapshot taken, {}", operation.subject, snapshot::facts_in_words(facts))
         }
+        Some(OperationResult::SnapshotDeleted { facts }) => {
+            format!("{}: snapshot deleted, {}", operation.subject, snapshot::deletion_in_words(facts))
+        }
         Some(OperationResult::Restore { facts, undo, .. }) => {
             format!("{} is back, {}", operation.subject, snapshot::restore_in_words(facts, undo.as_ref()))
         }
@@ -226,6 +229,9 @@ fn facts(operation: &Operation, hosts: &HostNames) -> Facts {
         Some(OperationResult::Migration { report }) => migration::facts(facts, report, hosts),
         Some(OperationResult::Snapshot { facts: captured, snapshot }) => {
             facts.with("snapshot", snapshot).with("cost", snapshot::facts_in_words(captured))
+        }
+        Some(OperationResult::SnapshotDeleted { facts: deleted }) => {
+            facts.with("cost", snapshot::deletion_in_words(deleted))
         }
         Some(OperationResult::Restore { facts: restored, snapshot, undo }) => facts
             .with("to snapshot", snapshot)

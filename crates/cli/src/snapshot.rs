@@ -10,7 +10,7 @@ use berth_api::manager::{
 use berth_model::SnapshotId;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
-use berth_model::snapshot::{ClockSetting, RestoreFacts, Snapshot, SnapshotFacts};
+use berth_model::snapshot::{ClockSetting, DeletionFacts, RestoreFacts, Snapshot, SnapshotFacts};
 use clap::{Args, Subcommand};
 
 use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
@@ -181,8 +181,12 @@ async fn restore(
 async fn delete(session: &Session, which: &Which, change: ChangeArguments) -> Result<(), Failure> {
     let path = which.vm.snapshot_path(&resolve(session, which).await?);
     let reply = session.ask::<SnapshotDelete>(&path, &change_query(change)).await?;
-    wait::carry_through_and_tell(session, change, reply, |_| {
-        format!("snapshot {} of {} is deleted", which.snapshot, which.vm)
+    wait::carry_through_and_tell(session, change, reply, |over| {
+        let freed = match &over.result {
+            Some(OperationResult::SnapshotDeleted { facts }) => format!(", {}", deletion_in_words(facts)),
+            _ => String::new(),
+        };
+        format!("snapshot {} of {} is deleted{freed}", which.snapshot, which.vm)
     })
     .await
 }
@@ -249,6 +253,20 @@ pub fn facts_in_words(facts: &SnapshotFacts) -> String {
     } else {
         format!("disk only, {stored} on disk, in {total}")
     }
+}
+
+/// What a deletion freed and what follows, in words: `412 MiB free, 80 MiB more after 120 MiB are merged in 3.0 s`.
+pub fn deletion_in_words(facts: &DeletionFacts) -> String {
+    let freed = format!("{} free", units::bytes(facts.freed_bytes));
+    if facts.merged_bytes == 0 {
+        return freed;
+    }
+    format!(
+        "{freed}, {} more after {} are merged in {}",
+        units::bytes(facts.freed_later_bytes),
+        units::bytes(facts.merged_bytes),
+        units::millis(facts.merging_ms)
+    )
 }
 
 /// What a restore cost, in words: `running 93 ms after the command`.

@@ -271,6 +271,7 @@ fn facts(vm: &Vm, hosts: &HostNames) -> Facts {
         .with("vcpus", spec.vcpus)
         .with("memory", units::mib(spec.memory_mib))
         .with("disk", units::mib(spec.disk_mib))
+        .with_some("layers", (status.layers > 0).then_some(status.layers))
         .with("image", &spec.image)
         .with("pool", &spec.pool)
         .with("machine type", &spec.machine_type)

@@ -16,7 +16,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::MigrationReport;
-use crate::snapshot::{RestoreFacts, SnapshotFacts};
+use crate::snapshot::{DeletionFacts, RestoreFacts, SnapshotFacts};
 use crate::{ImageId, OperationId, Problem, SegmentId, SnapshotId, Timestamp, VmId};
 
 /// What an operation does.
@@ -185,6 +185,11 @@ pub enum OperationResult {
         snapshot: SnapshotId,
         /// What it cost.
         facts: SnapshotFacts,
+    },
+    /// A snapshot was deleted.
+    SnapshotDeleted {
+        /// What that freed.
+        facts: DeletionFacts,
     },
     /// A VM was put back.
     Restore {

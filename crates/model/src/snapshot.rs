@@ -97,6 +97,19 @@ pub enum ClockSetting {
     Held,
 }
 
+/// What deleting a snapshot frees and costs: forecast, or as it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeletionFacts {
+    /// What is free at once, in bytes: its memory, and the layers that nothing else needs.
+    pub freed_bytes: u64,
+    /// What is copied afterwards, in the background, to merge the layers that nobody needs apart any more, in bytes.
+    pub merged_bytes: u64,
+    /// What is free besides once that is done, in bytes.
+    pub freed_later_bytes: u64,
+    /// How long that takes at the pace of the host's merges so far, in milliseconds.
+    pub merging_ms: u64,
+}
+
 /// What a restore measured.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct RestoreFacts {

@@ -282,6 +282,9 @@ pub struct VmStatus {
     pub at_snapshot: Option<SnapshotId>,
     /// The writable top of its disk.
     pub top_layer: LayerId,
+    /// How many layers its disk lies on, the writable one counted, as its host last said; 0: it has not said so yet.
+    #[serde(default)]
+    pub layers: u32,
     /// The operation that is changing it now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<OperationId>,

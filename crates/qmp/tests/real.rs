@@ -115,6 +115,7 @@ fn disk_samples() -> Vec<Sample> {
         sample(BlockdevDel { node_name: "x".into() }),
         sample(QueryNamedBlockNodes { flat: Some(true) }),
         sample(QueryBlock {}),
+        sample(QueryBlockstats {}),
         sample(nbd(NbdAddress::Unix { path: "x".into() })),
         sample(nbd(NbdAddress::Fd { str: "x".into() })),
         sample(NbdServerStop {}),

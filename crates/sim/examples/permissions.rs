@@ -241,6 +241,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             baseline_note: None,
             at_snapshot: None,
             top_layer: LayerId::from_entropy(entropy(8, number)),
+            layers: 1,
             operation: None,
             generation: 3,
             trouble: None,

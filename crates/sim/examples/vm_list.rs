@@ -104,6 +104,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             baseline_note: None,
             at_snapshot: Some(SnapshotId::from_entropy(entropy(3))),
             top_layer: LayerId::from_entropy(entropy(4)),
+            layers: 1,
             operation: None,
             generation: 3,
             trouble: None,

@@ -356,6 +356,8 @@ impl SimCluster {
             qemu_img_binary: PathBuf::from("/nonexistent/qemu-img"),
             network: NetworkConfig::default(),
             user_id_base: berth_agent::config::USER_ID_BASE,
+            // What a layer here holds is no qcow2.
+            layers_max: 0,
         }
     }
 }

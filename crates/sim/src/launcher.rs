@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use berth_agent::disk::merging::Merging;
+use berth_agent::disk::pace::Pace;
 use berth_agent::disk::{ImageTool, NewLayer, WRITABLE_MODE};
 use berth_agent::launcher::{
     Argument, Duplex, Exit, Hypervisor, LaunchError, LaunchSpec, Launched, Launcher, Process, ProcessRecord,
@@ -220,6 +222,14 @@ impl ImageTool for SimImages {
             Problem::new(ProblemCode::Internal, format!("{}: {error}", layer.path.display()))
         });
         Box::pin(async { made })
+    }
+
+    fn merge_layers(&self, _work: Merging, _pace: Pace) -> BoxFuture<'_, Result<(), Problem>> {
+        Box::pin(async { Err(Problem::new(ProblemCode::Internal, "these layers hold nothing to merge")) })
+    }
+
+    fn measure_layers(&self, _layers: Vec<PathBuf>) -> BoxFuture<'_, Result<u64, Problem>> {
+        Box::pin(async { Ok(0) })
     }
 
     fn check_qcow2<'a>(&'a self, _path: &'a Path) -> BoxFuture<'a, Result<(), Problem>> {

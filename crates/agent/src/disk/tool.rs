@@ -9,6 +9,8 @@ use std::time::Duration;
 use berth_api::transport::BoxFuture;
 use berth_model::{Problem, ProblemCode};
 
+use super::merging::{self, Merging};
+use super::pace::Pace;
 use super::{ImageTool, NewLayer, WRITABLE_MODE, no_space};
 use crate::durable::{self, FileError, blocking};
 use crate::sandbox::{self, Confinement, Limits};
@@ -108,6 +110,14 @@ impl QemuImg {
 impl ImageTool for QemuImg {
     fn create_layer(&self, layer: NewLayer) -> BoxFuture<'_, Result<(), Problem>> {
         Box::pin(self.create(layer))
+    }
+
+    fn merge_layers(&self, work: Merging, pace: Pace) -> BoxFuture<'_, Result<(), Problem>> {
+        Box::pin(blocking(move || Ok(merging::merge(&work, &pace)?)))
+    }
+
+    fn measure_layers(&self, layers: Vec<PathBuf>) -> BoxFuture<'_, Result<u64, Problem>> {
+        Box::pin(blocking(move || Ok(merging::measure(&layers)?)))
     }
 
     fn check_qcow2<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<(), Problem>> {

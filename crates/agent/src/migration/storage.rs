@@ -118,7 +118,8 @@ pub fn each_chunk(
     })
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+/// Whether there is nothing but zeros.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<64>();
     blocks.iter().all(|block| *block == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }

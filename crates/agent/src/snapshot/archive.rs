@@ -196,6 +196,14 @@ pub fn read(dirs: &VmDirs, snapshot: &SnapshotId) -> Result<Manifest, ArchiveErr
     Ok(manifest)
 }
 
+/// Writes the manifest of a snapshot that is there anew: its layers have other names now, and hold what they held.
+///
+/// # Errors
+/// When the system refuses; the old manifest is then still there.
+pub fn rewrite(dirs: &VmDirs, manifest: &Manifest) -> Result<(), FileError> {
+    durable::write_json(&SnapshotFiles::of(dirs, &manifest.snapshot).manifest(), manifest)
+}
+
 /// The snapshots that a VM has here, unfinished ones not counted.
 ///
 /// # Errors

@@ -108,16 +108,66 @@ pub async fn freeze_top(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Pro
 /// When QEMU refuses or the file can't be removed.
 pub async fn close(vm: &VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
     if let Ok(qmp) = vm.qmp() {
-        match qmp.call(BlockdevDel { node_name: layer_node(new_top) }).await {
-            Ok(_) => {}
-            Err(error) if error.is_connection_lost() => {}
-            // It was not open.
-            Err(error) if error.refusal().is_some_and(|words| words.contains("ind node")) => {}
-            Err(error) => return Err(refused(error)),
-        }
+        close_node(qmp, new_top).await?;
     }
     let path = vm.dirs()?.layer(new_top);
     blocking(move || Ok(durable::remove_file(&path)?)).await
+}
+
+/// Closes a layer in a VM's process; nothing if it is not open there.
+///
+/// # Errors
+/// When QEMU refuses, because it is in use for one.
+pub async fn close_node(qmp: &Qmp, layer: &LayerId) -> Result<(), Problem> {
+    match qmp.call(BlockdevDel { node_name: layer_node(layer) }).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_connection_lost() => Ok(()),
+        // It was not open.
+        Err(error) if error.refusal().is_some_and(|words| words.contains("ind node")) => Ok(()),
+        Err(error) => Err(refused(error)),
+    }
+}
+
+/// Opens a frozen layer of a chain in the VM's process, on what it lies on there; nothing if it is open.
+///
+/// # Errors
+/// When QEMU refuses.
+pub async fn open_frozen(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<(), Problem> {
+    let (qmp, layer) = (vm.qmp()?, &chain[at]);
+    if is_open(qmp, layer).await.map_err(refused)? {
+        return Ok(());
+    }
+    let below = backing_in(vm, chain, at)?;
+    let options = layer_options(vm.dirs()?, layer, &below, Access::Frozen);
+    qmp.call(BlockdevAdd { options }).await.map(|_| ()).map_err(refused)
+}
+
+/// Has the layer above one of a chain, which is open, lie on it in the VM's process. The guest runs meanwhile: its
+/// requests wait for a moment.
+///
+/// # Errors
+/// When QEMU refuses: all is then as it was.
+pub async fn put_under(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<(), Problem> {
+    let qmp = vm.qmp()?;
+    let Some(above) = chain.get(at + 1) else {
+        return Err(Problem::new(ProblemCode::Internal, "a frozen layer with nothing on it"));
+    };
+    let access = match at + 2 == chain.len() {
+        true => Access::Writable { direct_io: direct_io(vm)? },
+        // As it is: see `Access::JustFrozen`.
+        false => Access::JustFrozen { direct_io: is_direct(qmp, above).await.map_err(refused)? },
+    };
+    let mut node = layer_options(vm.dirs()?, above, &backing_in(vm, chain, at + 1)?, access);
+    let file = node.remove("file").unwrap_or_default();
+    node.insert("file".into(), file["node-name"].clone());
+    qmp.call_untyped("blockdev-reopen", json!({"options": [node]})).await.map(drop).map_err(refused)
+}
+
+async fn is_direct(qmp: &Qmp, layer: &LayerId) -> Result<bool, QmpError> {
+    let nodes = qmp.call(QueryNamedBlockNodes { flat: Some(true) }).await?;
+    let name = layer_node(layer);
+    let node = nodes.into_iter().find(|node| node.node_name.as_deref() == Some(&name));
+    Ok(node.and_then(|node| node.cache).is_some_and(|cache| cache.direct))
 }
 
 /// Switches the guest from `old_top` to `new_top`, which is open and empty.
@@ -269,8 +319,11 @@ fn freeze_file(path: &Path, owner: Option<u32>) -> std::io::Result<()> {
 
 fn backing_of(vm: &VmRuntime, layer: &LayerId) -> Result<Backing, Problem> {
     let chain = vm.chain()?;
-    let below = chain.iter().position(|one| one == layer).and_then(|at| at.checked_sub(1));
-    if let Some(below) = below {
+    backing_in(vm, chain, chain.iter().position(|one| one == layer).unwrap_or(0))
+}
+
+fn backing_in(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<Backing, Problem> {
+    if let Some(below) = at.checked_sub(1) {
         return Ok(Backing::Node(layer_node(&chain[below])));
     }
     let image = &vm.definition()?.image;

@@ -46,7 +46,7 @@ pub struct Below<'a> {
 /// # Errors
 /// When the system refuses, the size is no multiple of 512 or too large, or the name too long.
 pub fn create(path: &Path, size_bytes: u64, below: Below<'_>, owner: Option<u32>) -> io::Result<()> {
-    let content = content(size_bytes, below)?;
+    let content = content(size_bytes, Some(below))?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(&content)?;
     if let Some(owner) = owner {
@@ -55,12 +55,16 @@ pub fn create(path: &Path, size_bytes: u64, below: Below<'_>, owner: Option<u32>
     Ok(())
 }
 
-fn content(size_bytes: u64, below: Below<'_>) -> io::Result<Vec<u8>> {
+/// The beginning of a layer that has nothing yet, of a disk of `size_bytes` on `below`: its four clusters.
+///
+/// # Errors
+/// When the size or the name can't be.
+pub(crate) fn content(size_bytes: u64, below: Option<Below<'_>>) -> io::Result<Vec<u8>> {
     let wrong = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, what.to_owned()));
     if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > SIZE_BYTES_MAX {
         return wrong("a disk's size must be a multiple of 512 and at most 4 TiB");
     }
-    if below.path.len() > BACKING_NAME_BYTES_MAX || below.format.len() > 16 {
+    if below.is_some_and(|below| below.path.len() > BACKING_NAME_BYTES_MAX || below.format.len() > 16) {
         return wrong("the name of the layer below is too long");
     }
     let clusters = 4_u64;
@@ -77,11 +81,11 @@ fn content(size_bytes: u64, below: Below<'_>) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn header(size_bytes: u64, below: Below<'_>, bytes: &mut [u8]) {
+fn header(size_bytes: u64, below: Option<Below<'_>>, bytes: &mut [u8]) {
     let mut header = Vec::with_capacity(1024);
-    let format_padded = below.format.len().next_multiple_of(8);
-    let name_offset = u64::from(HEADER_BYTES) + 8 + format_padded as u64 + 8;
-    let name_bytes = u32::try_from(below.path.len()).expect("checked before");
+    let format_padded = below.map_or(0, |below| below.format.len().next_multiple_of(8));
+    let name_offset = below.map_or(0, |_| u64::from(HEADER_BYTES) + 8 + format_padded as u64 + 8);
+    let name_bytes = below.map_or(0, |below| u32::try_from(below.path.len()).expect("checked before"));
     let entries = u32::try_from(size_bytes.div_ceil(FIRST_TABLE_STEP_BYTES)).expect("at most a cluster's");
     header.extend_from_slice(b"QFI\xfb");
     header.extend_from_slice(&3_u32.to_be_bytes());
@@ -98,12 +102,14 @@ fn header(size_bytes: u64, below: Below<'_>, bytes: &mut [u8]) {
     header.extend_from_slice(&[0; 24]); // no incompatible, compatible or self-clearing feature
     header.extend_from_slice(&REFCOUNT_ORDER.to_be_bytes());
     header.extend_from_slice(&HEADER_BYTES.to_be_bytes());
-    header.extend_from_slice(&EXTENSION_BACKING_FORMAT.to_be_bytes());
-    header.extend_from_slice(&u32::try_from(below.format.len()).expect("checked before").to_be_bytes());
-    header.extend_from_slice(below.format.as_bytes());
-    header.resize(header.len() + format_padded - below.format.len(), 0);
-    header.extend_from_slice(&[0; 8]); // end of the extensions
-    header.extend_from_slice(below.path.as_bytes());
+    if let Some(below) = below {
+        header.extend_from_slice(&EXTENSION_BACKING_FORMAT.to_be_bytes());
+        header.extend_from_slice(&u32::try_from(below.format.len()).expect("checked before").to_be_bytes());
+        header.extend_from_slice(below.format.as_bytes());
+        header.resize(header.len() + format_padded - below.format.len(), 0);
+        header.extend_from_slice(&[0; 8]); // end of the extensions
+        header.extend_from_slice(below.path.as_bytes());
+    }
     bytes[..header.len()].copy_from_slice(&header);
 }
 

@@ -17,6 +17,7 @@ use crate::console::Console;
 use crate::durable::{self, blocking};
 use crate::layout::{HostRecord, VmRecord};
 use crate::services::Services;
+use crate::snapshot::merge::worker::{Outcome, Worker};
 use crate::task::TaskContext;
 use crate::{migration, snapshot};
 
@@ -126,7 +127,8 @@ impl Vms {
             ready: None,
         };
         let receiving = Arc::clone(&handle.receiving);
-        let owner = Owner { vms: Arc::downgrade(self), runtime, jobs, noticed, receiving };
+        let (merging, merged) = Worker::new();
+        let owner = Owner { vms: Arc::downgrade(self), runtime, jobs, noticed, receiving, merging, merged };
         tokio::spawn(owner.run(found));
         (handle, ready)
     }
@@ -159,6 +161,8 @@ struct Owner {
     jobs: mpsc::UnboundedReceiver<Job>,
     noticed: mpsc::UnboundedReceiver<Notice>,
     receiving: Arc<Mutex<Option<CancellationToken>>>,
+    merging: Worker,
+    merged: mpsc::UnboundedReceiver<Outcome>,
 }
 
 impl Owner {
@@ -170,6 +174,7 @@ impl Owner {
         // Nobody may be waiting for it.
         let _ = found.send(());
         let stopping = self.runtime.services().stopping.clone();
+        self.merging.look(&self.runtime);
         loop {
             tokio::select! {
                 biased;
@@ -179,6 +184,7 @@ impl Owner {
                     Some(job) => self.work(job).await,
                     None => return,
                 },
+                Some(outcome) = self.merged.recv() => self.merging.take(&mut self.runtime, outcome).await,
             }
             self.end_broken_journey().await;
             if !self.runtime.is_known() && self.resign() {
@@ -201,6 +207,15 @@ impl Owner {
     }
 
     async fn work(&mut self, job: Job) {
+        match &job {
+            Job::Task { context, .. } if stays(&context.put().spec) => self.merging.make_way(),
+            Job::Task { .. } | Job::Receive(_) => self.merging.break_off(),
+        }
+        self.carry_out(job).await;
+        self.merging.go_on(&self.runtime);
+    }
+
+    async fn carry_out(&mut self, job: Job) {
         match job {
             Job::Task { context, reply } => {
                 let result = match context.check_cancelled() {
@@ -241,6 +256,19 @@ impl Owner {
     }
 }
 
+/// Whether the VM is still here after a task, whatever becomes of it: what is being prepared for it stays of use.
+const fn stays(spec: &TaskSpec) -> bool {
+    !matches!(
+        spec,
+        TaskSpec::DeleteVm { .. }
+            | TaskSpec::AdmitMigration { .. }
+            | TaskSpec::RefuseMigration { .. }
+            | TaskSpec::TakeOver { .. }
+            | TaskSpec::MoveVm { .. }
+            | TaskSpec::TakeBack { .. }
+    )
+}
+
 /// Reads what is on record and finds the process that goes with it.
 async fn find(vm: &mut VmRuntime) -> Result<(), Problem> {
     let path = vm.services.layout.host_record(&vm.id);
@@ -266,6 +294,7 @@ async fn find(vm: &mut VmRuntime) -> Result<(), Problem> {
 /// Brings what was half done when an agent died, or lost its QEMU, to one of its two ends.
 pub(super) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     snapshot::recover(vm).await?;
+    snapshot::merge::recover(vm).await?;
     migration::recover(vm).await?;
     vm.status().process_rests();
     Ok(())
@@ -297,7 +326,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
             let target = snapshot::Target { definition, snapshot, new_top, paused: *paused };
             snapshot::restore(vm, task, target).await
         }
-        TaskSpec::DeleteSnapshot { snapshot } => snapshot::delete(vm, task, snapshot).await,
+        TaskSpec::DeleteSnapshot { snapshot } => snapshot::deletion::delete(vm, task, snapshot).await,
         TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {
             migration::admit(vm, task, migration, definition, source, *shared_pool).await
         }

@@ -6,12 +6,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_api::agent::VmReport;
-use berth_model::LayerId;
 use berth_model::VmId;
 use berth_model::vm::{GuestState, VmEvent, VmState, step};
 use tokio::sync::watch;
 
-use crate::layout::HostRecord;
+use crate::layout::{HostRecord, VmRecord};
 use crate::report::ReportBoard;
 
 /// What those who wait for a guest look at.
@@ -57,6 +56,7 @@ impl Status {
             guest: GuestState::Off,
             migration: None,
             top: None,
+            layers: 0,
             forwards: Vec::new(),
             trouble: None,
         };
@@ -86,14 +86,16 @@ impl Status {
     }
 
     /// Takes what is on record.
-    pub fn set_record(&self, record: &HostRecord, top: Option<&LayerId>) {
+    pub fn set_record(&self, record: &HostRecord, vm: Option<&VmRecord>) {
         self.change(|inner| {
             inner.known = true;
             inner.report.generation = record.generation;
             inner.report.migration.clone_from(&record.migration);
             inner.report.forwards.clone_from(&record.forwards);
             inner.report.trouble.clone_from(&record.trouble);
-            inner.report.top = top.cloned();
+            inner.report.top = vm.and_then(VmRecord::top).cloned();
+            let layers = vm.map_or(0, |record| record.chain.len());
+            inner.report.layers = u32::try_from(layers).unwrap_or(u32::MAX);
         });
     }
 

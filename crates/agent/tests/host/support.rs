@@ -107,6 +107,7 @@ pub fn config(root: &Path) -> AgentConfig {
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         network: NetworkConfig::default(),
         user_id_base: 2_000_000,
+        layers_max: berth_agent::config::LAYERS_MAX,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_agent::clock::SystemClock;
-use berth_agent::config::{AgentConfig, NetworkConfig, PoolConfig};
+use berth_agent::config::{AgentConfig, LAYERS_MAX, NetworkConfig, PoolConfig};
 use berth_agent::disk::tool::QemuImg;
 use berth_agent::image::{Expected, chunks};
 use berth_agent::launcher::process::ProcessLauncher;
@@ -99,6 +99,7 @@ impl TestHost {
             qemu_img_binary: "/usr/bin/qemu-img".into(),
             network: NetworkConfig::default(),
             user_id_base: 2_000_000,
+            layers_max: LAYERS_MAX,
         };
         std::fs::create_dir_all(&config.state_dir).expect("state");
         std::fs::create_dir_all(&config.run_dir).expect("run");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use berth_agent::AgentConfig;
-use berth_agent::config::{NetworkConfig, PoolConfig, USER_ID_BASE};
+use berth_agent::config::{LAYERS_MAX, NetworkConfig, PoolConfig, USER_ID_BASE};
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{CreateJoinToken, HostDelete, HostList, HostPath, JoinTokenCreate, PageQuery};
 use berth_model::Timestamp;
@@ -146,6 +146,7 @@ fn agent_config(directory: &Directory, record: &Record, host: &HostEntry) -> Res
         qemu_img_binary: program("BERTH_QEMU_IMG", "/usr/bin/qemu-img"),
         network,
         user_id_base: USER_ID_BASE,
+        layers_max: LAYERS_MAX,
     })
 }
 

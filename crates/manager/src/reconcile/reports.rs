@@ -73,6 +73,7 @@ fn note(vm: &mut Vm, host: &Host, said: Option<&VmReport>, news: bool) {
     if free && let Some(top) = &said.top {
         vm.status.top_layer = top.clone();
     }
+    vm.status.layers = said.layers;
     if matches!(vm.status.state, VmState::Running | VmState::Paused | VmState::Migrating)
         && said.guest != GuestState::Off
     {

@@ -100,6 +100,7 @@ fn new_status(id: &VmId, host: &HostId) -> VmStatus {
         baseline_note: None,
         at_snapshot: None,
         top_layer: first_layer(id),
+        layers: 1,
         operation: None,
         generation: 0,
         trouble: None,

@@ -1,11 +1,14 @@
 //! Taking snapshots and deleting them: `snapshot.create`, `snapshot.delete`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use berth_api::agent::{NextRestore, TaskOutput, TaskSpec};
+use berth_api::agent::{AgentSnapshotPath, DeletionForecast, NextRestore, TaskOutput, TaskSpec};
+use berth_api::endpoint::Nothing;
+use berth_model::host::Host;
 use berth_model::name::Name;
 use berth_model::operation::{OperationKind, OperationResult};
-use berth_model::snapshot::{Snapshot, SnapshotFacts, SnapshotKind};
+use berth_model::snapshot::{DeletionFacts, Snapshot, SnapshotFacts, SnapshotKind};
 use berth_model::vm::{Vm, VmState};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -17,6 +20,8 @@ use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, s
 use crate::quota::{self, Added};
 use crate::records::{RecordsError, Row, Transaction, UniqueName};
 
+/// How long a host may take to forecast a deletion, beside what any answer may take: it reads layers' tables.
+const FORECAST_WAIT: Duration = Duration::from_secs(10);
 /// The name of a VM's first baseline.
 const BASELINE_NAME: &str = "baseline";
 
@@ -246,6 +251,8 @@ pub enum DeleteSnapshot {}
 pub struct DeleteSnapshotRecord {
     host: HostId,
     snapshot: Snapshot,
+    #[serde(default)]
+    facts: DeletionFacts,
 }
 
 impl Workflow for DeleteSnapshot {
@@ -256,6 +263,10 @@ impl Workflow for DeleteSnapshot {
         step!("adopt-children", adopt_children),
         step!("forget", forget),
     ];
+
+    fn result(record: &Self::Record) -> OperationResult {
+        OperationResult::SnapshotDeleted { facts: record.facts }
+    }
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
         let OperationRequest::SnapshotDelete { snapshot, .. } = request else { return Err(wrong_request()) };
@@ -276,25 +287,60 @@ impl Workflow for DeleteSnapshot {
             return Err(Problem::new(ProblemCode::Protected, message));
         }
         let host = reachable_host(desk.cluster, vm)?;
-        let frees_mib = (snapshot.facts.memory_stored_bytes + snapshot.facts.disk_stored_bytes) >> 20;
+        let frees = match desk.dry_run {
+            true => forecast(desk.cluster, &host.value, &snapshot.value).await,
+            false => String::new(),
+        };
         Ok(Plan {
             subject: vm.full_name(),
-            summary: format!(
-                "delete snapshot {} of {}, which frees up to {frees_mib} MiB",
-                snapshot.name,
-                vm.full_name()
-            ),
-            record: DeleteSnapshotRecord { host: host.value.id.clone(), snapshot: snapshot.value.clone() },
+            summary: format!("delete snapshot {} of {}{frees}", snapshot.name, vm.full_name()),
+            record: DeleteSnapshotRecord {
+                host: host.value.id.clone(),
+                snapshot: snapshot.value.clone(),
+                facts: DeletionFacts::default(),
+            },
             about: About::Vm(Arc::clone(vm)),
             transaction: Transaction::new(),
         })
     }
 }
 
+/// What deleting it would free and cost, by the word of the host that has it; when that says nothing, what is known.
+async fn forecast(cluster: &Cluster, host: &Host, snapshot: &Snapshot) -> String {
+    let path = AgentSnapshotPath { vm: snapshot.vm.clone(), snapshot: snapshot.id.clone() };
+    let asked = cluster.agents.call::<DeletionForecast>(host, &path, &Nothing {}, &(), FORECAST_WAIT).await;
+    let facts = match asked {
+        Ok(facts) => facts,
+        Err(error) => {
+            let most = mib(snapshot.facts.memory_stored_bytes + snapshot.facts.disk_stored_bytes);
+            let problem = error.into_problem();
+            return format!(", which frees {most} at most; host {} can't say more: {problem}", host.name);
+        }
+    };
+    let freed = format!(", which frees {}", mib(facts.freed_bytes));
+    if facts.merged_bytes == 0 {
+        return freed;
+    }
+    format!(
+        "{freed} at once and {} more after {} have been merged in the background, in {:.1} s or longer while the guest \
+         is busy",
+        mib(facts.freed_later_bytes),
+        mib(facts.merged_bytes),
+        facts.merging_ms as f64 / 1000.0
+    )
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
 async fn remove(run: &mut Run<DeleteSnapshot>) -> Result<(), Problem> {
-    let DeleteSnapshotRecord { host, snapshot } = &run.record;
+    let DeleteSnapshotRecord { host, snapshot, .. } = &run.record;
     let spec = TaskSpec::DeleteSnapshot { snapshot: snapshot.id.clone() };
-    run.command(Command { host, vm: Some(&snapshot.vm), label: "remove", spec }).await?;
+    let done = run.command(Command { host, vm: Some(&snapshot.vm), label: "remove", spec }).await?;
+    if let TaskOutput::Deleted { facts } = done {
+        run.record.facts = facts;
+    }
     Ok(())
 }
 

@@ -593,6 +593,7 @@ impl FakeAgent {
             guest: machine.guest,
             migration: machine.side.clone(),
             top: self.pool(|pool| pool.vms.get(vm).map(|files| files.top.clone())),
+            layers: 1,
             forwards: machine.wished.iter().map(|nic| nic.iter().map(given).collect()).collect(),
             trouble: None,
         });

@@ -70,6 +70,15 @@ pub struct BlockNode {
     pub read_only: bool,
     /// The file below it, when it has one.
     pub backing_file: Option<String>,
+    /// How it uses the host's page cache.
+    pub cache: Option<NodeCache>,
+}
+
+/// How a block node uses the host's page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct NodeCache {
+    /// It goes past it.
+    pub direct: bool,
 }
 
 command! {
@@ -89,6 +98,43 @@ pub struct Drive {
     /// Whether its requests fail: `ok`, `failed` or `nospace`.
     #[serde(rename = "io-status")]
     pub io_status: Option<String>,
+}
+
+command! {
+    /// Asks what the guest's drives have done.
+    QueryBlockstats = "query-blockstats" -> Vec<DriveStatistics> {}
+}
+
+/// What a drive of the guest has done since its QEMU started.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct DriveStatistics {
+    /// Its path in QEMU's object tree, or its id.
+    pub qdev: Option<String>,
+    /// The sums.
+    pub stats: RequestStatistics,
+}
+
+/// Sums over a drive's requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub struct RequestStatistics {
+    /// Reads that are done.
+    #[serde(rename = "rd_operations")]
+    pub reads: u64,
+    /// Writes that are done.
+    #[serde(rename = "wr_operations")]
+    pub writes: u64,
+    /// Flushes that are done.
+    #[serde(rename = "flush_operations")]
+    pub flushes: u64,
+    /// What the reads took, in nanoseconds.
+    #[serde(rename = "rd_total_time_ns")]
+    pub read_ns: u64,
+    /// What the writes took, in nanoseconds.
+    #[serde(rename = "wr_total_time_ns")]
+    pub write_ns: u64,
+    /// What the flushes took, in nanoseconds.
+    #[serde(rename = "flush_total_time_ns")]
+    pub flush_ns: u64,
 }
 
 command! {

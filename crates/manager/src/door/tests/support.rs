@@ -397,6 +397,7 @@ pub fn sample_vm(number: u32, segment: &Segment, host: &Host, image: &Image) -> 
             baseline_note: None,
             at_snapshot: None,
             top_layer: LayerId::from_entropy(entropy),
+            layers: 1,
             operation: None,
             generation: 1,
             trouble: None,
