@@ -8,6 +8,7 @@ use berth_model::host::Host;
 use berth_model::image::{Image, ImagePart, PartRole};
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
+use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::{Nic, Vm};
 use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
@@ -19,6 +20,7 @@ use crate::endpoint::Nothing;
 mod access;
 mod audit;
 mod login;
+mod schedule;
 
 pub use access::*;
 pub use audit::{
@@ -26,6 +28,7 @@ pub use audit::{
     ConsistencyQuery, InclusionProof, InclusionQuery,
 };
 pub use login::*;
+pub use schedule::{CreateSchedule, Doomed, ScheduleListQuery, ScheduleReport, ScheduledVm, UpdateSchedule};
 
 /// Longest page of a list.
 pub const PAGE_LIMIT_MAX: u32 = 5000;
@@ -155,6 +158,8 @@ paths! {
     GrantPath { /** Id. */ grant: GrantId }
     /// A policy in a path.
     PolicyPath { /** Id or name. */ policy: String }
+    /// A schedule in a path.
+    SchedulePath { /** Id, or `segment/name`. */ schedule: String }
     /// An approval in a path.
     ApprovalPath { /** Id. */ approval: ApprovalId }
 }
@@ -658,6 +663,23 @@ crate::endpoints! {
     SnapshotUnpin: POST "/v1/vms/{vm}/snapshots/{snapshot}/unpin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
     /// Put a VM back to a snapshot, running as it was then.
     VmRestore: POST "/v1/vms/{vm}/restore", Json, SnapshotRestore, path VmPath, query ChangeQuery, body RestoreVm, reply OperationRef;
+
+    /// The schedules.
+    ScheduleList: GET "/v1/schedules", Json, ScheduleView, path Nothing, query ScheduleListQuery, body (), reply Page<Schedule>;
+    /// Make a schedule; when only tried, the answer says when it would run and of what.
+    ScheduleCreate: POST "/v1/schedules", Json, ScheduleManage, path Nothing, query ChangeQuery, body CreateSchedule, reply ScheduleReport;
+    /// A schedule, how its last run went, and what comes next.
+    ScheduleShow: GET "/v1/schedules/{schedule}", Json, ScheduleView, path SchedulePath, query Nothing, body (), reply ScheduleReport;
+    /// Change a schedule, and answer for it from now on; when only tried, the answer says what would be deleted.
+    ScheduleUpdate: PATCH "/v1/schedules/{schedule}", Json, ScheduleManage, path SchedulePath, query ChangeQuery, body UpdateSchedule, reply ScheduleReport;
+    /// Let a schedule do nothing for now.
+    SchedulePause: POST "/v1/schedules/{schedule}/pause", Json, ScheduleManage, path SchedulePath, query Nothing, body (), reply Schedule;
+    /// Let it go on, and answer for it from now on; what came due meanwhile is not made up for.
+    ScheduleResume: POST "/v1/schedules/{schedule}/resume", Json, ScheduleManage, path SchedulePath, query Nothing, body (), reply Schedule;
+    /// Run a schedule now.
+    ScheduleRunNow: POST "/v1/schedules/{schedule}/run", Json, ScheduleManage, path SchedulePath, query ChangeQuery, body (), reply ScheduleReport;
+    /// Delete a schedule; the snapshots that it took stay.
+    ScheduleDelete: DELETE "/v1/schedules/{schedule}", Json, ScheduleManage, path SchedulePath, query Nothing, body (), reply ();
 
     /// The operations, newest first.
     OperationList: GET "/v1/operations", Json, OperationView, path Nothing, query OperationListQuery, body (), reply Page<Operation>;

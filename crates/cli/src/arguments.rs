@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::output::Format;
 use crate::{
     access, approval, audit, daemon, grant, host, image, login, migration, operation, own, policy, role,
-    segment, snapshot, team, token, up, user, vm,
+    schedule, segment, snapshot, team, token, up, user, vm,
 };
 
 const AFTER: &str = "\
@@ -103,6 +103,12 @@ pub enum Noun {
         /// What to do.
         #[command(subcommand)]
         verb: snapshot::Verb,
+    },
+    /// Snapshots by the clock, and what is kept of them
+    Schedule {
+        /// What to do.
+        #[command(subcommand)]
+        verb: schedule::Verb,
     },
     /// Moves of VMs between hosts ('berth vm migrate' begins one)
     Migration {

@@ -31,6 +31,7 @@ mod operation;
 mod own;
 mod policy;
 mod role;
+mod schedule;
 mod segment;
 mod snapshot;
 mod team;
@@ -92,6 +93,7 @@ async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
         Noun::Image { verb } => image::run(session, verb).await,
         Noun::Vm { verb } => vm::run(session, verb).await,
         Noun::Snapshot { verb } => snapshot::run(session, verb).await,
+        Noun::Schedule { verb } => schedule::run(session, verb).await,
         Noun::Migration { verb } => migration::run(session, verb).await,
         Noun::Operation { verb } => operation::run(session, verb).await,
         Noun::Session { verb } => own::run(session, verb).await,

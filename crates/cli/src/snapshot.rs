@@ -300,6 +300,7 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with("name", &snapshot.name)
         .with("id", &snapshot.id)
         .with("kind", word(&snapshot.kind))
+        .with_some("schedule", snapshot.occasion.as_ref().map(|occasion| &occasion.schedule))
         .with("taken", instant(snapshot.created_at))
         .with_some("parent", snapshot.parent.as_ref())
         .with("pinned", if snapshot.pinned { "yes" } else { "no" })

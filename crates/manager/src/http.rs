@@ -15,6 +15,7 @@ pub mod operation;
 pub mod own;
 pub mod policy;
 pub mod role;
+pub mod schedule;
 pub mod segment;
 pub mod snapshot;
 pub mod system;
@@ -41,6 +42,7 @@ pub fn mount(door: Door) -> Door {
     let door = vm::mount(door);
     let door = console::mount(door);
     let door = snapshot::mount(door);
+    let door = schedule::mount(door);
     let door = operation::mount(door);
     let door = audit::mount(door);
     let door = user::mount(door);

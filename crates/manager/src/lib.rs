@@ -15,6 +15,7 @@ pub mod auth;
 pub mod door;
 pub mod policy;
 pub mod quota;
+pub mod schedules;
 
 pub mod http;
 

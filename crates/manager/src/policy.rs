@@ -312,6 +312,7 @@ const fn seeing(kind: ResourceKind) -> Option<Action> {
         ResourceKind::Image => Action::ImageView,
         ResourceKind::Vm => Action::VmView,
         ResourceKind::Snapshot => Action::SnapshotView,
+        ResourceKind::Schedule => Action::ScheduleView,
         ResourceKind::Operation => Action::OperationView,
         ResourceKind::User | ResourceKind::Token | ResourceKind::Team => Action::UserView,
         ResourceKind::Role | ResourceKind::Grant => Action::GrantView,

@@ -116,7 +116,8 @@ pub fn usage(cluster: &Cluster, segment: &SegmentId) -> Usage {
     usage
 }
 
-fn segments_within(cluster: &Cluster, segment: &SegmentId) -> HashSet<SegmentId> {
+/// A segment with all that are inside it.
+pub(crate) fn segments_within(cluster: &Cluster, segment: &SegmentId) -> HashSet<SegmentId> {
     let all = cluster.records.list::<Segment>();
     let mut within = HashSet::from([segment.clone()]);
     // Each round finds one level more.

@@ -7,12 +7,15 @@
 //! - [`reports`]: what such news means for a VM's record;
 //! - [`baseline`]: takes the first snapshot of each VM whose guest is ready;
 //! - [`expiry`]: deletes what is kept for a time only;
+//! - [`schedules`]: begins the runs of schedules that are due, and goes on with those that were begun;
 //! - [`debts`]: has removed what could not be when its host was gone.
 
 pub mod hosts;
 pub mod reports;
 
 pub mod baseline;
+
+pub mod schedules;
 
 pub mod debts;
 pub mod expiry;

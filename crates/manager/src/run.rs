@@ -35,6 +35,7 @@ use crate::http;
 use crate::metrics::Metrics;
 use crate::operations::OperationRow;
 use crate::policy::{Policies, PolicyError};
+use crate::reconcile::schedules;
 use crate::records::{RecordsError, Transaction};
 
 mod certificates;
@@ -151,7 +152,9 @@ impl Manager {
         let from = cluster.records.store().revision().await?.next();
         cluster.spawn(count_operations(Arc::clone(cluster), Arc::clone(&self.gate.metrics), from));
         cluster.spawn(tidy(Arc::clone(cluster)));
-        cluster.start().map_err(RunError::Resume)
+        cluster.start().map_err(RunError::Resume)?;
+        cluster.spawn(schedules::keep(Arc::clone(&self.gate)));
+        Ok(())
     }
 
     /// What has to be made at the very first start; none: it has been.

@@ -2,7 +2,8 @@
 //!
 //! One program for all of it, since linking takes longer than running: `faults` fails and repeats every step of every
 //! workflow, `death` kills the manager after every write, `story` goes through what people do, `migration` through
-//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves, and `trouble` cancels, cuts
+//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves, `schedules` through runs by the
+//! clock, and `trouble` cancels, cuts
 //! off and restarts in every step.
 
 #[path = "support/agent.rs"]
@@ -20,6 +21,8 @@ mod faults;
 mod hosts;
 #[path = "workflow/migration.rs"]
 mod migration;
+#[path = "workflow/schedules.rs"]
+mod schedules;
 #[path = "workflow/story.rs"]
 mod story;
 #[path = "workflow/trouble.rs"]

@@ -135,6 +135,8 @@ actions! {
     VmView = "vm.view" in View;
     /// See snapshots.
     SnapshotView = "snapshot.view" in View;
+    /// See schedules, and how their runs went.
+    ScheduleView = "schedule.view" in View;
     /// See operations.
     OperationView = "operation.view" in View;
     /// Start, restart and resume.
@@ -165,6 +167,8 @@ actions! {
     SnapshotPin = "snapshot.pin" in Configure;
     /// Delete snapshots.
     SnapshotDelete = "snapshot.delete" in Configure;
+    /// Make, change, pause, run and delete schedules.
+    ScheduleManage = "schedule.manage" in Configure;
     /// Bring images in.
     ImageImport = "image.import" in Configure;
     /// Delete unused images.

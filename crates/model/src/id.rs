@@ -135,6 +135,8 @@ ids! {
     PolicyId = "pol";
     /// A request that waits for a second person.
     ApprovalId = "apr";
+    /// Snapshots that are taken by the clock.
+    ScheduleId = "sched";
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::name::Name;
+use crate::schedule::Occasion;
 use crate::{LayerId, SnapshotId, Timestamp, VmId};
 
 /// Why a snapshot exists, which says who may delete it.
@@ -18,6 +19,8 @@ pub enum SnapshotKind {
     Manual,
     /// Taken before a restore, so that it can be undone; expires by itself.
     Undo,
+    /// Taken by a schedule, which deletes it when its rule keeps it no longer.
+    Scheduled,
 }
 
 /// How long an undo snapshot is kept, in milliseconds (24 h). Too short: a wrong restore noticed the next morning is
@@ -35,6 +38,9 @@ pub struct Snapshot {
     pub name: Name,
     /// Why it exists.
     pub kind: SnapshotKind,
+    /// The run of a schedule that it was taken in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub occasion: Option<Occasion>,
     /// The snapshot that the VM was at before; none for the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<SnapshotId>,

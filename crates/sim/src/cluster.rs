@@ -27,6 +27,7 @@ use tempfile::TempDir;
 use tokio::runtime::Handle;
 
 use crate::chance::Chance;
+use crate::clock::SimClock;
 use crate::fault::Faults;
 use crate::launcher::{SimImages, SimLauncher};
 use crate::network::Network;
@@ -76,6 +77,7 @@ pub struct SimCluster {
     store: Arc<MemoryStore>,
     authority: Arc<Authority>,
     entropy: Arc<SeededEntropy>,
+    clock: Arc<SimClock>,
     token: Mutex<Option<String>>,
     hosts: Vec<SimHost>,
     manager: tokio::sync::Mutex<Option<Daemon>>,
@@ -121,6 +123,7 @@ impl SimCluster {
             store: Arc::new(MemoryStore::new(Arc::new(berth_store::SystemClock::new()))),
             authority: Arc::new(Authority::load(&made).expect("its own CA")),
             entropy: Arc::new(SeededEntropy(Chance::new(plan.seed ^ 0x5eed))),
+            clock: Arc::new(SimClock::new()),
             token: Mutex::default(),
             hosts: Vec::new(),
             manager: tokio::sync::Mutex::new(None),
@@ -148,6 +151,11 @@ impl SimCluster {
     /// The network.
     pub fn network(&self) -> &Arc<Network> {
         &self.network
+    }
+
+    /// The managers' clock.
+    pub fn clock(&self) -> &SimClock {
+        &self.clock
     }
 
     /// The hosts' names, in order.
@@ -179,7 +187,7 @@ impl SimCluster {
         let parts = Parts {
             store: Arc::<MemoryStore>::clone(&self.store),
             connector: Arc::new(ToAgents(Arc::clone(&self.network))),
-            clock: Arc::new(berth_manager::clock::SystemClock),
+            clock: Arc::<SimClock>::clone(&self.clock),
             entropy: Arc::<SeededEntropy>::clone(&self.entropy),
             authority: Arc::clone(&self.authority),
             settings: Settings::default(),

@@ -22,6 +22,8 @@ pub mod launcher;
 
 pub mod network;
 
+pub mod clock;
+
 pub mod cluster;
 
 pub mod settled;

@@ -131,6 +131,7 @@ mod tests {
             vm: berth_model::VmId::from_entropy([0; 10]),
             name: name.parse().expect("a name"),
             kind,
+            occasion: None,
             parent: parent.map(id),
             pinned: kind == SnapshotKind::Baseline,
             note: String::new(),

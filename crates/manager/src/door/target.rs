@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use berth_api::endpoint::Endpoint;
 use berth_api::manager::{
-    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, RestoreVm, Segment,
-    SegmentCreate, SegmentPath, SnapshotPath, Token, TokenPath, User, UserPath, VmCreate, VmPath, VmRestore,
-    WhoCan,
+    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, RestoreVm,
+    ScheduleCreate, SchedulePath, Segment, SegmentCreate, SegmentPath, SnapshotPath, Token, TokenPath, User,
+    UserPath, VmCreate, VmPath, VmRestore, WhoCan,
 };
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::operation::Operation;
+use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
 use berth_model::{Problem, ProblemCode, SegmentId, UserId};
@@ -24,7 +25,7 @@ use crate::cluster::Cluster;
 use crate::policy::book::DEPTH_MAX;
 use crate::policy::{Attribute, Resource, ResourceKind};
 use crate::records::Row;
-use crate::workflow;
+use crate::{schedules, workflow};
 
 pub mod access;
 
@@ -288,6 +289,50 @@ impl<E: Endpoint<Path = OperationPath>> Target<E> for TheOperation {
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
         let operation = cluster.operations.get(&input.path.operation)?;
         Ok(Located { resource: operation_resource(cluster, &operation), target: Self(operation) })
+    }
+}
+
+/// A schedule that the path names.
+pub struct TheSchedule(pub Arc<Row<Schedule>>);
+
+impl<E: Endpoint<Path = SchedulePath>> Target<E> for TheSchedule {
+    const KIND: ResourceKind = ResourceKind::Schedule;
+    fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
+        let found = cluster.records.find_schedule(&input.path.schedule)?;
+        Ok(Located { resource: schedules::resource(cluster, &found), target: Self(found) })
+    }
+}
+
+/// What a new schedule is to be about: all of a segment, or one VM.
+pub struct ToSchedule {
+    /// The segment that it will be in.
+    pub segment: SegmentId,
+    /// The VM, if it is about one.
+    pub vm: Option<Arc<Row<Vm>>>,
+    /// What the policies are asked about.
+    pub resource: Resource,
+}
+
+impl Target<ScheduleCreate> for ToSchedule {
+    const KIND: ResourceKind = ResourceKind::Segment;
+    fn find(
+        cluster: &Cluster,
+        _: &Principal,
+        input: &Input<ScheduleCreate>,
+    ) -> Result<Located<Self>, Problem> {
+        let (segment, vm, resource) = match (&input.body.segment, &input.body.vm) {
+            (Some(name), None) => {
+                let found = segment(cluster, name)?;
+                (found.target.0.value.id.clone(), None, found.resource)
+            }
+            (None, Some(name)) => {
+                let found = vm(cluster, name)?;
+                (found.target.0.segment.clone(), Some(found.target.0), found.resource)
+            }
+            _ => return Err(Problem::field("segment", "", "either a segment or a vm")),
+        };
+        let target = Self { segment, vm, resource: resource.clone() };
+        Ok(Located { resource, target })
     }
 }
 

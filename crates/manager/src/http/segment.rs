@@ -7,6 +7,7 @@ use berth_api::manager::{
 use berth_model::access::Action;
 use berth_model::image::Image;
 use berth_model::name::Name;
+use berth_model::schedule::Schedule;
 use berth_model::vm::Vm;
 use berth_model::{Problem, ProblemCode, SegmentId, Timestamp};
 
@@ -178,6 +179,10 @@ async fn delete(call: Call<SegmentDelete, TheSegment>) -> Result<Answer<()>, Pro
         cluster.records.list::<Image>().iter().find(|image| image.segment.as_ref() == Some(id))
     {
         return Err(needed_by(format!("image {}", image.name)));
+    }
+    if let Some(schedule) = cluster.records.list_where::<Schedule>(|schedule| schedule.segment == *id).first()
+    {
+        return Err(needed_by(format!("schedule {}", schedule.name)));
     }
     if let Some(coming) = operation_in(cluster, &segment) {
         return Err(needed_by(format!("a {coming} under way")));

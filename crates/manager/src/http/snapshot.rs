@@ -59,6 +59,7 @@ async fn create(call: Call<SnapshotCreate, TheVm>) -> Result<Answer<OperationRef
     let request = OperationRequest::SnapshotCreate {
         vm: call.target.0.value.id.clone(),
         kind: SnapshotKind::Manual,
+        occasion: None,
         name: wish.name,
         note: wish.note,
     };

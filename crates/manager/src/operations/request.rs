@@ -3,6 +3,7 @@
 use berth_api::manager::{CreateVm, MigrateVm, RestoreVm};
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
+use berth_model::schedule::Occasion;
 use berth_model::snapshot::SnapshotKind;
 use berth_model::{ImageId, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
@@ -66,8 +67,10 @@ pub enum OperationRequest {
     SnapshotCreate {
         /// Of which VM.
         vm: VmId,
-        /// Why it will exist: `Manual` or `Baseline`.
+        /// Why it will exist: `Manual`, `Baseline` or `Scheduled`.
         kind: SnapshotKind,
+        /// The run of a schedule that it is for.
+        occasion: Option<Occasion>,
         /// Its name; none: made of the time.
         name: Option<Name>,
         /// A word about it.

@@ -45,6 +45,8 @@ kinds! {
     Vm = "vm";
     /// A snapshot of a VM.
     Snapshot = "snapshot";
+    /// A schedule of snapshots.
+    Schedule = "schedule";
     /// An operation.
     Operation = "operation";
     /// A user.
@@ -146,7 +148,7 @@ impl Resource {
         let parent = match kind {
             ResourceKind::Cluster => return Self::cluster(),
             ResourceKind::Listing => return Self::listing(),
-            ResourceKind::Vm => Self::absent(ResourceKind::Segment, name),
+            ResourceKind::Vm | ResourceKind::Schedule => Self::absent(ResourceKind::Segment, name),
             ResourceKind::Snapshot => Self::absent(ResourceKind::Vm, name),
             ResourceKind::Token => Self::absent(ResourceKind::User, name),
             _ => Self::cluster(),

@@ -97,6 +97,7 @@ impl Watch {
         let request = OperationRequest::SnapshotCreate {
             vm: id.clone(),
             kind: SnapshotKind::Baseline,
+            occasion: None,
             name: None,
             note: "taken when the guest was first ready".to_owned(),
         };

@@ -6,9 +6,10 @@ use berth_api::manager::Segment;
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
+use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
-use berth_model::{HostId, ImageId, Problem, SegmentId, SnapshotId, VmId};
+use berth_model::{HostId, ImageId, Problem, ScheduleId, SegmentId, SnapshotId, VmId};
 
 use super::copy::Row;
 use super::name::UniqueName;
@@ -33,6 +34,22 @@ impl Records {
         self.id_of(&UniqueName::vm(&segment.id_typed(), &name))
             .and_then(|id| self.get(&id))
             .ok_or_else(missing)
+    }
+
+    /// A schedule by its id or `segment/name`.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn find_schedule(&self, text: &str) -> Result<Arc<Row<Schedule>>, Problem> {
+        let missing = || Problem::not_found("schedule", text);
+        if text.parse::<ScheduleId>().is_ok() {
+            return self.get(text).ok_or_else(missing);
+        }
+        let (segment, name) = text.split_once('/').ok_or_else(missing)?;
+        let segment = self.find_segment(segment).map_err(|_| missing())?;
+        let name: Name = name.parse().map_err(|_| missing())?;
+        let id = self.id_of(&UniqueName::schedule(&segment.id_typed(), &name)).ok_or_else(missing)?;
+        self.get(&id).ok_or_else(missing)
     }
 
     /// A host by its id or name.

@@ -33,6 +33,11 @@ impl UniqueName {
         Self { noun: "image", scope, name: name.clone() }
     }
 
+    /// Of a schedule, unique in its segment.
+    pub fn schedule(segment: &SegmentId, name: &Name) -> Self {
+        Self { noun: "schedule", scope: segment.to_string(), name: name.clone() }
+    }
+
     /// Of a snapshot, unique among its VM's.
     pub fn snapshot(vm: &VmId, name: &Name) -> Self {
         Self { noun: "snapshot", scope: vm.to_string(), name: name.clone() }

@@ -5,6 +5,7 @@ use berth_api::manager::{Approval, Grant, Policy, Role, Segment, Team, User};
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
+use berth_model::schedule::{Part, Schedule};
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::{PortForward, Vm};
 use berth_model::{HostId, ImageId, Timestamp, VmId};
@@ -37,6 +38,8 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<ImagePlace>,
     Table::of::<Vm>,
     Table::of::<Snapshot>,
+    Table::of::<Schedule>,
+    Table::of::<Part>,
     Table::of::<OperationRow>,
     Table::of::<Debt>,
     Table::of::<FixedPorts>,
@@ -75,6 +78,8 @@ records! {
     ImagePlace: "/image-places/", "image place", |place| ImagePlace::id_of(&place.image, &place.pool_uuid);
     Vm: "/vms/", "vm", |vm| vm.id.to_string();
     Snapshot: "/snapshots/", "snapshot", |snapshot| format!("{}/{}", snapshot.vm, snapshot.id);
+    Schedule: "/schedules/", "schedule", |schedule| schedule.id.to_string();
+    Part: "/schedule-parts/", "part of a schedule", |part| format!("{}/{}", part.schedule, part.vm);
     OperationRow: "/operations/", "operation", |row| row.operation.id.to_string();
     FixedPorts: "/fixed-ports/", "fixed ports", |ports| ports.vm.to_string();
     Team: "/teams/", "team", |team| team.id.to_string();

@@ -50,7 +50,7 @@ impl Workflow for CreateSnapshot {
         &[step!("capture", capture, discard), step!("record", record, unrecord)];
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
-        let OperationRequest::SnapshotCreate { kind, name, note, .. } = request else {
+        let OperationRequest::SnapshotCreate { kind, name, note, occasion, .. } = request else {
             return Err(wrong_request());
         };
         let vm = desk.vm()?;
@@ -59,11 +59,12 @@ impl Workflow for CreateSnapshot {
             return Err(wrong_state(vm, "to take a snapshot", "running, paused or stopped"));
         }
         // What Berth takes by itself keeps a VM safe: it counts, and is not refused.
-        if *kind == SnapshotKind::Manual {
+        if matches!(kind, SnapshotKind::Manual | SnapshotKind::Scheduled) {
             quota::check(desk.cluster, &vm.segment, &Added::snapshot(vm))?;
         }
         let mut capture = Capture::new(desk.cluster, vm, *kind, name.clone())?;
         capture.snapshot.note.clone_from(note);
+        capture.snapshot.occasion.clone_from(occasion);
         let what = if vm.status.state == VmState::Stopped { "its disk" } else { "disk, memory and devices" };
         Ok(Plan {
             subject: vm.full_name(),
@@ -123,6 +124,7 @@ impl Capture {
             vm: vm.id.clone(),
             name,
             kind,
+            occasion: None,
             parent: vm.status.at_snapshot.clone(),
             pinned: kind == SnapshotKind::Baseline,
             note: String::new(),
@@ -149,6 +151,7 @@ fn free_name(kind: SnapshotKind, now: Timestamp, id: &SnapshotId, taken: impl Fn
         SnapshotKind::Baseline => [BASELINE_NAME.to_owned(), format!("{BASELINE_NAME}-{time}")],
         SnapshotKind::Undo => [format!("undo-{time}"), format!("undo-{id}")],
         SnapshotKind::Manual => [time, id.to_string()],
+        SnapshotKind::Scheduled => [format!("scheduled-{time}"), format!("scheduled-{id}")],
     };
     let names = candidates.into_iter().chain([id.to_string()]).filter_map(|text| text.parse::<Name>().ok());
     let mut free = names.filter(|name| !taken(name));

@@ -7,6 +7,7 @@ use berth_api::agent::VmDefinition;
 use berth_model::host::{Host, HostState};
 use berth_model::image::Image;
 use berth_model::placement::Candidate;
+use berth_model::schedule::Schedule;
 use berth_model::vm::{self, GuestState, PortForward, Vm, VmEvent, VmState, VmStatus};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, VmId};
 
@@ -160,6 +161,10 @@ pub(crate) async fn forget_vm(cluster: &Cluster, vm: &VmId) -> Result<(), Proble
         transaction.remove(&row);
         transaction.release(&UniqueName::vm(&row.segment, &row.name));
         transaction.forget::<FixedPorts>(vm.as_str());
+        for schedule in cluster.records.list_where::<Schedule>(|schedule| schedule.vm.as_ref() == Some(vm)) {
+            transaction.remove(&schedule);
+            transaction.release(&UniqueName::schedule(&schedule.segment, &schedule.name));
+        }
         match cluster.records.commit(transaction).await {
             Err(RecordsError::Conflict { .. }) => cluster.records.catch_up().await?,
             other => return other.map(drop).map_err(Into::into),

@@ -80,6 +80,7 @@ pub fn take(vm: &VmId, name: &str) -> OperationRequest {
     OperationRequest::SnapshotCreate {
         vm: vm.clone(),
         kind: SnapshotKind::Manual,
+        occasion: None,
         name: Some(name.parse().unwrap()),
         note: String::new(),
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use berth_api::manager::{CreateVm, OperationRef, Segment};
 use berth_api::pki::Authority;
+use berth_manager::Manager;
 use berth_manager::clock::{Clock, Entropy, Sleep};
 use berth_manager::cluster::{Cluster, Parts, Settings};
 use berth_manager::operations::interfere::Interference;
@@ -15,6 +16,7 @@ use berth_manager::records::{Debt, ImagePlace, Records, Transaction, UniqueName}
 use berth_model::host::{Host, HostState};
 use berth_model::image::{Image, ImagePart, ImageState, PartFormat, PartRole};
 use berth_model::operation::{Operation, OperationState};
+use berth_model::schedule::Schedule;
 use berth_model::snapshot::{Snapshot, SnapshotKind};
 use berth_model::vm::{Vm, VmState};
 use berth_model::{HostId, ImageId, OperationId, Problem, SegmentId, Timestamp, VmId};
@@ -252,17 +254,27 @@ impl World {
         store: Arc<MortalStore>,
         interference: Option<Arc<dyn Interference>>,
     ) -> Arc<Cluster> {
-        let parts = Parts {
+        let cluster = Cluster::open_with(self.parts(store), interference).await.expect("a cluster");
+        cluster.start().expect("a start");
+        cluster
+    }
+
+    /// A manager with a door, whose schedules run.
+    pub async fn whole_manager(&self, store: Arc<MortalStore>) -> Manager {
+        let manager = Manager::new(self.parts(store)).await.expect("a manager");
+        manager.start().await.expect("a start");
+        manager
+    }
+
+    fn parts(&self, store: Arc<MortalStore>) -> Parts {
+        Parts {
             store,
             connector: Arc::clone(&self.net) as _,
             clock: Arc::clone(&self.clock) as _,
             entropy: Arc::clone(&self.entropy) as _,
             authority: Arc::clone(&self.authority),
             settings: self.settings.clone(),
-        };
-        let cluster = Cluster::open_with(parts, interference).await.expect("a cluster");
-        cluster.start().expect("a start");
-        cluster
+        }
     }
 
     pub async fn manager_with_hosts(&self) -> Arc<Cluster> {
@@ -387,6 +399,9 @@ impl World {
         for vm in cluster.records.list::<Vm>() {
             expected.insert(UniqueName::vm(&vm.segment, &vm.name).key(), vm.id.clone());
         }
+        for row in cluster.records.list::<Schedule>() {
+            expected.insert(UniqueName::schedule(&row.segment, &row.name).key(), row.value.id.to_string());
+        }
         for row in cluster.records.list::<Snapshot>() {
             expected.insert(UniqueName::snapshot(&row.vm, &row.name).key(), row.value.id.to_string());
         }
@@ -404,7 +419,7 @@ fn plain(snapshot: &Snapshot) -> String {
     // Those that nobody named carry the time.
     match snapshot.kind {
         SnapshotKind::Undo => "undo".to_owned(),
-        SnapshotKind::Manual | SnapshotKind::Baseline => snapshot.name.to_string(),
+        SnapshotKind::Manual | SnapshotKind::Baseline | SnapshotKind::Scheduled => snapshot.name.to_string(),
     }
 }
 

@@ -262,6 +262,7 @@ async fn what_is_protected_pinned_or_running_is_not_deleted() {
     let request = OperationRequest::SnapshotCreate {
         vm: id.clone(),
         kind: SnapshotKind::Baseline,
+        occasion: None,
         name: None,
         note: String::new(),
     };

@@ -41,7 +41,7 @@ pub const BUILT_IN_ROLES: [BuiltInRole; 7] = [
     },
     BuiltInRole {
         name: "configurator",
-        summary: "makes, changes and deletes VMs, snapshots and images, and uses consoles",
+        summary: "makes, changes and deletes VMs, snapshots, schedules and images, and uses consoles",
         groups: &[ActionGroup::View, ActionGroup::Operate],
         besides: &[
             Action::VmConsole,
@@ -50,6 +50,7 @@ pub const BUILT_IN_ROLES: [BuiltInRole; 7] = [
             Action::VmDelete,
             Action::SnapshotPin,
             Action::SnapshotDelete,
+            Action::ScheduleManage,
             Action::ImageImport,
             Action::ImageDelete,
         ],

@@ -30,6 +30,7 @@ fn path_of(endpoint: &EndpointInfo) -> String {
         .replace("{grant}", "g-0000000000000000")
         .replace("{policy}", "night")
         .replace("{approval}", "apr-0000000000000000")
+        .replace("{schedule}", "default%2Fnightly")
         .replace("{login}", "none")
         .replace("{provider}", "none")
         .replace("{session}", "token-0000000000000000")
@@ -44,6 +45,7 @@ fn body_of(endpoint: &EndpointInfo) -> &'static str {
         "PolicyCreate" => r#"{"name":"new","text":"x"}"#,
         "GrantCreate" => r#"{"user":"nobody","role":"viewer","segment":"default"}"#,
         "GrantRequest" => r#"{"role":"viewer","segment":"default","for_s":60}"#,
+        "ScheduleCreate" => r#"{"name":"new","segment":"default","cron":"0 2 * * *","keep":{"daily":7}}"#,
         "SegmentCreate" | "UserCreate" => r#"{"name":"new"}"#,
         "TokenCreate" => r#"{"user":"nobody"}"#,
         "HostEnrol" => r#"{"token":"x","name":"new","address":"192.0.2.1:1","csr_pem":"x"}"#,
@@ -186,6 +188,7 @@ async fn what_is_about_a_thing_is_decided_about_that_thing() {
             "{grant}",
             "{policy}",
             "{approval}",
+            "{schedule}",
         ]
         .into_iter()
         .find(|part| endpoint.path.contains(part));

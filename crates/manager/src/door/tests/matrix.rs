@@ -60,8 +60,8 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "CanI" => (OneSelf, "?action=vm.view", ""),
         "TokenCreate" => (OneSelf, "", "{}"),
         "GrantRequest" => (OneSelf, "", r#"{"role":"viewer","for_s":60}"#),
-        "HostList" | "UserList" | "SegmentList" | "ImageList" | "VmList" | "OperationList" | "TokenList"
-        | "TeamList" | "GrantList" => (List, "", ""),
+        "ScheduleList" | "HostList" | "UserList" | "SegmentList" | "ImageList" | "VmList"
+        | "OperationList" | "TokenList" | "TeamList" | "GrantList" => (List, "", ""),
         "AuditCheckpointShow" | "AuditKeyShow" | "AuditExport" => (Cluster, "", ""),
         "AuditInclusionShow" => (Cluster, "?sequence=0&size=1", ""),
         "AuditConsistencyShow" => (Cluster, "?from=1&to=1", ""),
@@ -85,6 +85,13 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         | "OperationShow" | "OperationEvents" | "OperationCancel" => (Segment, "", ""),
         "OperationWait" => (Segment, "?wait_ms=0", ""),
         "SegmentUpdate" => (Segment, "", "{}"),
+        "ScheduleCreate" => (
+            Segment,
+            "?dry_run=true",
+            r#"{"name":"new","segment":"{s}","cron":"0 2 * * *","keep":{"daily":7}}"#,
+        ),
+        "ScheduleUpdate" | "ScheduleRunNow" => (Segment, "?dry_run=true", ""),
+        "ScheduleShow" | "SchedulePause" | "ScheduleResume" | "ScheduleDelete" => (Segment, "", ""),
         "VmCreate" => (Segment, "?dry_run=true", r#"{"segment":"{s}","name":"new","image":"debian"}"#),
         "VmUpdate" | "VmDelete" | "VmStart" | "VmShutdown" | "VmStop" | "VmRestart" | "VmPause"
         | "VmResume" | "VmMigrate" | "SnapshotCreate" => (Segment, "?dry_run=true", ""),
@@ -118,6 +125,7 @@ fn request(world: &World, endpoint: &EndpointInfo, place: Option<&Place>) -> (St
         .replace("{role_name}", "helpers")
         .replace("{grant}", grant.id.as_str())
         .replace("{policy}", "night")
+        .replace("{schedule}", &format!("{}%2Fnightly", here.segment.name))
         .replace("{approval}", approval.id.as_str());
     let resource = segment.as_ref().map(|name| format!("&resource={name}")).unwrap_or_default();
     let or_null = segment.as_ref().map_or("null".to_owned(), |name| format!("\"{name}\""));
@@ -189,7 +197,7 @@ impl Tally {
         secret: Option<&str>,
         allowed: bool,
     ) {
-        if matches!(endpoint.name, "UserDelete" | "TokenDelete" | "GrantDelete") {
+        if matches!(endpoint.name, "UserDelete" | "TokenDelete" | "GrantDelete" | "ScheduleDelete") {
             world.put_back().await;
         }
         let (path, body) = request(world, endpoint, place);
@@ -265,6 +273,9 @@ impl Tally {
         let mut needed = vec![action, Action::ImageView];
         if endpoint.name == "GrantCreate" {
             needed.extend(BUILT_IN_ROLES[0].actions());
+        }
+        if matches!(endpoint.name, "ScheduleCreate" | "ScheduleUpdate" | "ScheduleResume") {
+            needed.extend([Action::SnapshotCreate, Action::SnapshotDelete]);
         }
         let wanted = [
             // A VM names its image, which is authorised by itself; a grant gives what its role has.

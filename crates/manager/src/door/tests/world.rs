@@ -10,11 +10,12 @@ use berth_model::access::Action;
 use berth_model::image::Image;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationKind, OperationState, Progress};
+use berth_model::schedule::{Schedule, ScheduleStatus, Zone};
 use berth_model::snapshot::{Snapshot, SnapshotFacts, SnapshotKind};
 use berth_model::vm::Vm;
 use berth_model::{
-    ApprovalId, GrantId, ImageId, OperationId, PolicyId, RoleId, SegmentId, SnapshotId, TeamId, Timestamp,
-    UserId,
+    ApprovalId, GrantId, ImageId, OperationId, PolicyId, RoleId, ScheduleId, SegmentId, SnapshotId, TeamId,
+    Timestamp, UserId,
 };
 use http::Request;
 use http::header::AUTHORIZATION;
@@ -172,6 +173,7 @@ pub fn snapshot(cluster: &Cluster, vm: &Vm, called: &str) -> Snapshot {
         vm: vm.id.clone(),
         name: name(called),
         kind: SnapshotKind::Manual,
+        occasion: None,
         parent: None,
         pinned: false,
         note: String::new(),
@@ -244,12 +246,40 @@ pub fn approval(cluster: &Cluster, by: &User, segment: Option<&SegmentId>) -> Ap
     }
 }
 
+/// A schedule of a segment that somebody answers for.
+pub fn schedule(cluster: &Cluster, owner: &User, segment: &Segment, called: &str) -> Schedule {
+    Schedule {
+        id: ScheduleId::from_entropy(cluster.entropy.id()),
+        segment: segment.id.clone(),
+        name: name(called),
+        vm: None,
+        cron: "0 2 * * *".parse().expect("a cron"),
+        timezone: Zone::UTC,
+        keep: "daily=7".parse().expect("a rule"),
+        paused: false,
+        owner: owner.id.clone(),
+        created_at: NOW,
+        status: ScheduleStatus::new(NOW),
+    }
+}
+
+pub async fn add_schedule(cluster: &Cluster, schedule: &Schedule) {
+    let mut transaction = Transaction::new();
+    transaction.put(schedule);
+    let name = UniqueName::schedule(&schedule.segment, &schedule.name);
+    if cluster.records.id_of(&name).is_none() {
+        transaction.claim(&name, schedule.id.as_str());
+    }
+    cluster.records.commit(transaction).await.expect("recorded");
+}
+
 /// The things of one segment.
 pub struct Place {
     pub segment: Segment,
     pub vm: Vm,
     pub image: Image,
     pub snapshot: Snapshot,
+    pub schedule: Schedule,
     pub operation: OperationId,
     pub grant: Grant,
     pub approval: Approval,
@@ -335,6 +365,7 @@ impl World {
         put(cluster, &self.grant).await;
         for (_, place) in self.places() {
             put(cluster, &place.grant).await;
+            add_schedule(cluster, &place.schedule).await;
         }
     }
 }
@@ -357,13 +388,15 @@ async fn place(cluster: &Cluster, segment: Segment, someone: &User, number: u32)
     let first = snapshot(cluster, &vm, "first");
     add_snapshot(cluster, &first).await;
     add_snapshot(cluster, &snapshot(cluster, &vm, "second")).await;
+    let schedule = schedule(cluster, someone, &segment, "nightly");
+    add_schedule(cluster, &schedule).await;
     let row = operation(cluster, Some(&vm), Some(&segment.id));
     put(cluster, &row).await;
     let grant = super::support::grant_of(cluster, someone, "viewer", Some(&segment));
     put(cluster, &grant).await;
     let approval = approval(cluster, someone, Some(&segment.id));
     put(cluster, &approval).await;
-    Place { segment, vm, image, snapshot: first, operation: row.operation.id, grant, approval }
+    Place { segment, vm, image, snapshot: first, schedule, operation: row.operation.id, grant, approval }
 }
 
 /// A request with headers and a path of one's own choice, as bytes that may be no path at all.
