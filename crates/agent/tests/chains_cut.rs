@@ -102,7 +102,7 @@ impl Story {
 
     async fn take(&mut self) {
         let id = snapshot();
-        let spec = TaskSpec::TakeSnapshot { snapshot: id.clone(), new_top: layer() };
+        let spec = TaskSpec::TakeSnapshot { snapshot: id.clone(), new_top: layer(), next: None };
         let taken = self.host.task(&self.vm.id, spec).await.expect("taken");
         assert!(matches!(taken, TaskOutput::Snapshot { .. }));
         let held = self.images.path().join(format!("{id}.raw"));
