@@ -28,16 +28,19 @@ use crate::vm::VmRuntime;
 
 pub mod archive;
 pub mod capture;
+mod disk;
 mod held;
 pub mod layers;
 pub mod memory;
 pub mod overlay;
 mod restore;
+mod slowdown;
 
 pub use restore::restore;
 
 use archive::{ArchiveError, Draft, Manifest, MemoryManifest, SnapshotFiles};
 use capture::{Capture, CaptureFailure};
+use slowdown::CpuTime;
 
 impl From<ArchiveError> for Problem {
     fn from(error: ArchiveError) -> Self {
@@ -68,6 +71,38 @@ pub async fn take(
         }
         Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
             take_of_machine(vm, context, snapshot, new_top, started).await?
+        }
+        Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(TaskOutput::Snapshot { facts })
+}
+
+/// Takes a snapshot of a VM's disk alone, also while it runs; with `quiesce`, with the guest's file systems frozen for the
+/// instant.
+///
+/// # Errors
+/// When QEMU or the disk fails, somebody cancels, or, with `quiesce`, there is no guest that freezes its file systems:
+/// the VM is then as it was, and there is no snapshot.
+pub async fn take_disk(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+    quiesce: bool,
+) -> Result<TaskOutput, Problem> {
+    let started = Instant::now();
+    let facts = match archive::read(vm.dirs()?, snapshot) {
+        Ok(manifest) => {
+            freeze(vm, last(&manifest.layers)?).await;
+            manifest.facts
+        }
+        Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
+            disk::take_of_running(vm, context, snapshot, new_top, quiesce, started).await?
+        }
+        Err(ArchiveError::Missing { .. }) if quiesce => {
+            let message = format!("{} does not run: there is no guest to freeze its file systems", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
         }
         Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
         Err(error) => return Err(error.into()),
@@ -113,6 +148,9 @@ pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     }
     let Ok(qmp) = vm.qmp().cloned() else { return Ok(()) };
     settle(&qmp, false).await?;
+    if let Err(error) = disk::thaw_left_frozen(vm).await {
+        tracing::error!(vm = %vm.id(), %error, "a guest's file systems may be frozen and can't be thawed");
+    }
     let sent = qmp.call(QueryMigrate {}).await.map_err(layers::refused)?.status;
     let state = qmp.call(QueryStatus {}).await.map_err(layers::refused)?.status;
     // A guest that was held when it was taken ends as `failed`: it stays held.
@@ -201,7 +239,9 @@ async fn take_of_machine(
     let quiet = vm.status().quiet();
     let draft = begin(vm, snapshot).await?;
     let result = async {
-        prepare_switch(vm, &frozen, new_top).await?;
+        let before = if status.running { CpuTime::now(vm.qmp()?).await } else { None };
+        let (prepared, ()) = tokio::join!(prepare_switch(vm, &frozen, new_top), look_before(before.as_ref()));
+        prepared?;
         let held = if status.status == RunState::PostMigrate { held::find(vm, &frozen)? } else { None };
         match held {
             Some(earlier) => take_again(vm, &draft, &earlier, &old_top, new_top).await,
@@ -215,6 +255,7 @@ async fn take_of_machine(
                     old_top_path: &old_top_path,
                     new_top,
                     was_running: status.running,
+                    cpu_before: before,
                 };
                 take_anew(&capture, context).await
             }
@@ -260,6 +301,13 @@ async fn prepare_switch(vm: &mut VmRuntime, frozen: &[LayerId], new_top: &LayerI
     layers::flush(&vm.dirs()?.layer(old_top)).await
 }
 
+/// Gives the guest time to show what it does when it is left alone.
+async fn look_before(cpu: Option<&CpuTime>) {
+    if cpu.is_some() {
+        tokio::time::sleep(slowdown::LOOK_BEFORE).await;
+    }
+}
+
 async fn take_anew(
     capture: &Capture<'_>,
     context: &TaskContext,
@@ -267,6 +315,7 @@ async fn take_anew(
     let captured = capture.run(context).await?;
     context.phase("writing");
     let (paused_us, rounds) = (captured.paused_us, captured.rounds);
+    let guest_slowdown_percent = captured.guest_slowdown_percent;
     let (memory_bytes, was_running) = (capture.memory_bytes, capture.was_running);
     let files = capture.files.clone();
     let written = blocking(move || {
@@ -290,6 +339,7 @@ async fn take_anew(
         memory_bytes,
         memory_stored_bytes,
         rounds,
+        guest_slowdown_percent,
         ..SnapshotFacts::default()
     };
     Ok((facts, manifest))
@@ -309,7 +359,13 @@ async fn take_again(
     let files = SnapshotFiles::of(vm.dirs()?, &earlier.snapshot);
     held::link(&files, draft.files()).map_err(Problem::from)?;
     layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
-    let facts = SnapshotFacts { paused_us: 0, total_ms: 0, rounds: 0, ..earlier.facts.clone() };
+    let facts = SnapshotFacts {
+        paused_us: 0,
+        total_ms: 0,
+        rounds: 0,
+        guest_slowdown_percent: None,
+        ..earlier.facts.clone()
+    };
     Ok((facts, memory))
 }
 

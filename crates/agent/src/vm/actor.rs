@@ -282,6 +282,9 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
         TaskSpec::ResumeVm => lifecycle::resume(vm).await,
         TaskSpec::DeleteVm { pool, keep_files } => lifecycle::delete(vm, pool, *keep_files).await,
         TaskSpec::TakeSnapshot { snapshot, new_top } => snapshot::take(vm, task, snapshot, new_top).await,
+        TaskSpec::TakeDiskSnapshot { snapshot, new_top, quiesce } => {
+            snapshot::take_disk(vm, task, snapshot, new_top, *quiesce).await
+        }
         TaskSpec::RestoreSnapshot { definition, snapshot, new_top } => {
             snapshot::restore(vm, task, definition, snapshot, new_top).await
         }

@@ -447,6 +447,9 @@ impl FakeAgent {
                 done
             }
             TaskSpec::TakeSnapshot { snapshot, new_top } => self.take_snapshot(&vm(), snapshot, new_top),
+            TaskSpec::TakeDiskSnapshot { snapshot, new_top, .. } => {
+                self.take_disk_snapshot(&vm(), snapshot, new_top)
+            }
             TaskSpec::RestoreSnapshot { snapshot, new_top, .. } => self.restore(&vm(), snapshot, new_top),
             TaskSpec::DeleteSnapshot { snapshot } => {
                 self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
@@ -496,7 +499,26 @@ impl FakeAgent {
         new_top: &LayerId,
     ) -> Result<TaskOutput, Problem> {
         let machine = self.machine(vm).ok_or_else(|| Problem::not_found("vm", vm))?;
-        let has_memory = machine.process != Process::None;
+        Ok(self.keep_snapshot(vm, snapshot, new_top, machine.process != Process::None))
+    }
+
+    fn take_disk_snapshot(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+    ) -> Result<TaskOutput, Problem> {
+        self.machine(vm).ok_or_else(|| Problem::not_found("vm", vm))?;
+        Ok(self.keep_snapshot(vm, snapshot, new_top, false))
+    }
+
+    fn keep_snapshot(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+        has_memory: bool,
+    ) -> TaskOutput {
         self.pool(|pool| {
             let files = pool.vms.get_mut(vm).expect("a VM has files");
             if !files.snapshots.contains_key(snapshot) {
@@ -505,7 +527,7 @@ impl FakeAgent {
             }
         });
         let facts = SnapshotFacts { has_memory, paused_us: 8000, total_ms: 50, ..SnapshotFacts::default() };
-        Ok(TaskOutput::Snapshot { facts })
+        TaskOutput::Snapshot { facts }
     }
 
     fn restore(&self, vm: &VmId, snapshot: &SnapshotId, new_top: &LayerId) -> Result<TaskOutput, Problem> {
@@ -664,6 +686,7 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::WaitReady { .. } => "wait-ready",
         TaskSpec::DeleteVm { .. } => "delete",
         TaskSpec::TakeSnapshot { .. } => "snapshot",
+        TaskSpec::TakeDiskSnapshot { .. } => "disk-snapshot",
         TaskSpec::RestoreSnapshot { .. } => "restore",
         TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
         TaskSpec::AdmitMigration { .. } => "admit",
@@ -687,6 +710,7 @@ pub const KINDS: &[&str] = &[
     "resume",
     "delete",
     "snapshot",
+    "disk-snapshot",
     "restore",
     "delete-snapshot",
     "admit",
