@@ -120,8 +120,8 @@ pub struct LaunchSpec {
 /// What a process is started for, in a form that needs no reading of command lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineSummary {
-    /// The guest's memory in MiB.
-    pub memory_mib: u64,
+    /// The guest's memory in bytes.
+    pub memory_bytes: u64,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// The disk's nodes from the image to the writable top.

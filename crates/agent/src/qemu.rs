@@ -64,16 +64,29 @@ pub struct UserSubnet {
 /// QEMU keeps track of written pages in words of 64. For a memory that is made of whole words it takes a short cut that,
 /// before QEMU 9.0, forgets to tell the translated guest that its writes are watched again: pages that are written right
 /// after a pass over memory are never sent, and the guest that arrives is corrupt. A memory that is a little shorter
-/// takes the long way, which is right (QEMU's commit 03bfc2188f; docs/decisions/0005-memory-under-translation.md).
+/// takes the long way, which is right (QEMU's commit 03bfc2188f; docs/decisions/0005-memory-under-translation.md), and dear:
+/// for each written page QEMU then looks through all of the guest's cached mappings.
 const TRANSLATED_MEMORY_SHORTER_BYTES: u64 = 8 * 1024;
+/// The first QEMU release that is right about it. What has a machine of this release or a later one is no older than it.
+const RIGHT_SINCE_MACHINE: u32 = 9;
 
-/// The guest's memory in bytes, as QEMU is told.
-pub const fn memory_bytes(memory_mib: u64, accelerator: Accelerator) -> u64 {
+/// The guest's memory in bytes, as QEMU is told. It depends on nothing that may differ between two hosts which the same
+/// machine can be moved between.
+pub fn memory_bytes(memory_mib: u64, accelerator: Accelerator, machine_type: &str) -> u64 {
     let whole = memory_mib.saturating_mul(1 << 20);
     match accelerator {
-        Accelerator::Kvm => whole,
-        Accelerator::Tcg => whole.saturating_sub(TRANSLATED_MEMORY_SHORTER_BYTES),
+        Accelerator::Tcg if !only_in_right_qemu(machine_type) => {
+            whole.saturating_sub(TRANSLATED_MEMORY_SHORTER_BYTES)
+        }
+        Accelerator::Tcg | Accelerator::Kvm => whole,
     }
+}
+
+/// Whether a machine type is of a release that watches a translated guest's writes rightly; no, if its name is unknown.
+fn only_in_right_qemu(machine_type: &str) -> bool {
+    let version = ["pc-q35-", "pc-i440fx-"].iter().find_map(|family| machine_type.strip_prefix(family));
+    let major = version.and_then(|version| version.split_once('.')?.0.parse::<u32>().ok());
+    major.is_some_and(|major| major >= RIGHT_SINCE_MACHINE)
 }
 
 /// Everything that a command line is made from.
@@ -112,7 +125,7 @@ impl Machine<'_> {
     /// The same in a form for a QEMU that is not real.
     pub fn summary(&self) -> MachineSummary {
         MachineSummary {
-            memory_mib: self.definition.spec.memory_mib,
+            memory_bytes: self.memory_bytes(),
             vcpus: self.definition.spec.vcpus,
             nodes: self.chain().nodes(),
             incoming: self.plan.incoming,
@@ -150,8 +163,13 @@ impl Machine<'_> {
         }
     }
 
+    fn memory_bytes(&self) -> u64 {
+        let spec = &self.definition.spec;
+        memory_bytes(spec.memory_mib, self.accelerator, &spec.machine_type)
+    }
+
     fn memory(&self, words: &mut Words) {
-        let size = format!("size={}", memory_bytes(self.definition.spec.memory_mib, self.accelerator));
+        let size = format!("size={}", self.memory_bytes());
         words.pair("-m", format!("{size}B"));
         match &self.plan.memory {
             Memory::Anonymous => words.pair("-object", format!("memory-backend-ram,id={MEMORY_ID},{size}")),

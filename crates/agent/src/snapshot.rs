@@ -32,6 +32,7 @@ pub mod archive;
 mod base;
 pub mod capture;
 pub mod deletion;
+mod disk;
 mod held;
 pub mod image;
 pub mod layers;
@@ -40,6 +41,7 @@ pub mod merge;
 pub mod overlay;
 pub mod ready;
 mod restore;
+mod slowdown;
 mod working_set;
 
 pub use ready::{Warm, drop_ready, drop_unwanted, make_ready};
@@ -47,6 +49,7 @@ pub use restore::{Target, restore};
 
 use archive::{ArchiveError, Draft, Manifest, MemoryManifest, SnapshotFiles};
 use capture::{Capture, CaptureFailure};
+use slowdown::CpuTime;
 
 impl From<ArchiveError> for Problem {
     fn from(error: ArchiveError) -> Self {
@@ -88,6 +91,38 @@ pub async fn take(
     Ok(TaskOutput::Snapshot { facts })
 }
 
+/// Takes a snapshot of a VM's disk alone, also while it runs; with `quiesce`, with the guest's file systems frozen for the
+/// instant.
+///
+/// # Errors
+/// When QEMU or the disk fails, somebody cancels, or, with `quiesce`, there is no guest that freezes its file systems:
+/// the VM is then as it was, and there is no snapshot.
+pub async fn take_disk(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+    quiesce: bool,
+) -> Result<TaskOutput, Problem> {
+    let started = Instant::now();
+    let facts = match archive::read(vm.dirs()?, snapshot) {
+        Ok(manifest) => {
+            freeze(vm, last(&manifest.layers)?).await;
+            manifest.facts
+        }
+        Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
+            disk::take_of_running(vm, context, snapshot, new_top, quiesce, started).await?
+        }
+        Err(ArchiveError::Missing { .. }) if quiesce => {
+            let message = format!("{} does not run: there is no guest to freeze its file systems", vm.id());
+            return Err(Problem::new(ProblemCode::WrongState, message));
+        }
+        Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(TaskOutput::Snapshot { facts })
+}
+
 /// Finds how things stand after an agent died in the middle of a snapshot: what was not finished is removed, the guest
 /// goes on if the capture had stopped it, and the record names the layer that it writes to.
 ///
@@ -105,6 +140,9 @@ pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     }
     let Ok(qmp) = vm.qmp().cloned() else { return Ok(()) };
     settle(&qmp, false).await?;
+    if let Err(error) = disk::thaw_left_frozen(vm).await {
+        tracing::error!(vm = %vm.id(), %error, "a guest's file systems may be frozen and can't be thawed");
+    }
     let sent = qmp.call(QueryMigrate {}).await.map_err(layers::refused)?.status;
     let state = qmp.call(QueryStatus {}).await.map_err(layers::refused)?.status;
     // A guest that was held when it was taken ends as `failed`: it stays held.
@@ -193,7 +231,9 @@ async fn take_of_machine(
     let quiet = vm.status().quiet();
     let draft = begin(vm, snapshot).await?;
     let result = async {
-        prepare_switch(vm, &frozen, new_top).await?;
+        let before = if status.running { CpuTime::now(vm.qmp()?).await } else { None };
+        let (prepared, ()) = tokio::join!(prepare_switch(vm, &frozen, new_top), look_before(before.as_ref()));
+        prepared?;
         let held = if status.status == RunState::PostMigrate { held::find(vm, &frozen)? } else { None };
         match held {
             Some(earlier) => take_again(vm, &draft, &earlier, &old_top, new_top).await,
@@ -207,6 +247,7 @@ async fn take_of_machine(
                     old_top_path: &old_top_path,
                     new_top,
                     was_running: status.running,
+                    cpu_before: before,
                 };
                 take_anew(&capture, vm.dirs()?, &frozen, context).await
             }
@@ -252,6 +293,13 @@ async fn prepare_switch(vm: &mut VmRuntime, frozen: &[LayerId], new_top: &LayerI
     layers::flush(&vm.dirs()?.layer(old_top)).await
 }
 
+/// Gives the guest time to show what it does when it is left alone.
+async fn look_before(cpu: Option<&CpuTime>) {
+    if cpu.is_some() {
+        tokio::time::sleep(slowdown::LOOK_BEFORE).await;
+    }
+}
+
 async fn take_anew(
     capture: &Capture<'_>,
     dirs: &VmDirs,
@@ -264,6 +312,7 @@ async fn take_anew(
     let captured = capture.run(context, base).await?;
     context.phase("writing");
     let (paused_us, rounds) = (captured.paused_us, captured.rounds);
+    let guest_slowdown_percent = captured.guest_slowdown_percent;
     let (files, was_running) = (capture.files.clone(), capture.was_running);
     let written = blocking(move || {
         let image = image::complete(captured.collected, &files, linked.as_ref())?;
@@ -281,6 +330,7 @@ async fn take_anew(
             memory_stored_bytes: image.own_bytes,
             memory_shared_bytes: image.shared_bytes,
             rounds,
+            guest_slowdown_percent,
             ..SnapshotFacts::default()
         };
         Ok((facts, manifest))
@@ -306,6 +356,7 @@ async fn take_again(
         paused_us: 0,
         total_ms: 0,
         rounds: 0,
+        guest_slowdown_percent: None,
         memory_stored_bytes: 0,
         memory_shared_bytes: earlier.facts.memory_stored_bytes + earlier.facts.memory_shared_bytes,
         ..earlier.facts.clone()

@@ -173,13 +173,13 @@ impl VmRuntime {
     /// # Errors
     /// When the VM was not prepared here, or it is not known yet what runs guests on this host.
     pub fn memory_bytes(&self) -> Result<u64, Problem> {
-        let memory_mib = self.definition()?.spec.memory_mib;
+        let spec = &self.definition()?.spec;
         let hypervisor = self.services().hypervisor.borrow();
         let accelerator = hypervisor.as_ref().map(|hypervisor| hypervisor.accelerator);
         let accelerator = accelerator.ok_or_else(|| {
             Problem::new(ProblemCode::Hypervisor, "QEMU has not been asked yet what it can do")
         })?;
-        Ok(qemu::memory_bytes(memory_mib, accelerator))
+        Ok(qemu::memory_bytes(spec.memory_mib, accelerator, &spec.machine_type))
     }
 
     /// The user and group of the VM's process; none when it is the agent's own.

@@ -11,6 +11,7 @@ use berth_api::agent::{TaskOutput, TaskSpec};
 use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
 use berth_model::vm::VmState;
 use berth_model::{HostId, Problem, ProblemCode, SnapshotId};
+use berth_qmp::guest_agent::GuestAgent;
 use guest_probe::memory::{Rewrite, Settings};
 use host::{LONG, NoPeers, SmallDisk, TestHost, TestVm, entropy, layer, snapshot};
 
@@ -231,6 +232,115 @@ async fn whatever_dies_in_a_snapshot_the_vm_is_as_it_was_and_the_next_one_works(
     let start = TaskSpec::StartVm { definition: vm.boxed() };
     host.task(&vm.id, start).await.expect("it starts from what is on the disk");
     host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+}
+
+async fn take_disk(
+    host: &TestHost,
+    vm: &TestVm,
+    snapshot: &SnapshotId,
+    quiesce: bool,
+) -> Result<SnapshotFacts, Problem> {
+    let spec = TaskSpec::TakeDiskSnapshot { snapshot: snapshot.clone(), new_top: layer(), quiesce };
+    match host.task(&vm.id, spec).await? {
+        TaskOutput::Snapshot { facts } => Ok(facts),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The guest's agent, asked past Berth's.
+async fn guest_agent(host: &TestHost, vm: &TestVm) -> GuestAgent {
+    let socket = host.root().join("run").join(vm.id.as_str()).join("guest-agent.sock");
+    let agent = GuestAgent::connect(socket).await.expect("the port is open");
+    let answers = async { while agent.ping(Duration::from_secs(1)).await.is_err() {} };
+    tokio::time::timeout(LONG, answers).await.expect("the guest agent answers");
+    agent
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_disk_alone_is_taken_while_the_guest_runs_with_its_file_systems_frozen_or_not() {
+    let mut host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    host.probe(&vm.id).write(3).expect("files");
+    drop(guest_agent(&host, &vm).await);
+    let (plain, quiesced) = (snapshot(), snapshot());
+    let facts = take_disk(&host, &vm, &plain, false).await.expect("taken");
+    println!("taken: {facts:?}");
+    assert!(!facts.has_memory && !facts.quiesced && facts.paused_us > 0 && facts.memory_bytes == 0);
+    host.probe(&vm.id).write(2).expect("the guest writes on");
+    let facts = take_disk(&host, &vm, &quiesced, true).await.expect("taken");
+    println!("taken, frozen: {facts:?}");
+    assert!(!facts.has_memory && facts.quiesced && facts.layers.len() == 2);
+    host.probe(&vm.id).write(2).expect("it writes on, so it was thawed");
+    assert_eq!(host.state(&vm.id), Some(VmState::Running));
+
+    // An agent that dies at any point of it leaves no guest frozen, and asked again it is taken.
+    for delay_ms in [0, 40, 100, 200] {
+        let spec = TaskSpec::TakeDiskSnapshot { snapshot: snapshot(), new_top: layer(), quiesce: true };
+        host.put(&vm.id, spec.clone());
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        host.replace_agent().await;
+        host.probe(&vm.id).write(1).expect("not frozen");
+        host.task(&vm.id, spec).await.expect("taken in the end");
+    }
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 11, 0));
+
+    restore(&host, &vm, &quiesced).await;
+    assert_eq!(host.state(&vm.id), Some(VmState::Stopped));
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+    assert_eq!(host.probe(&vm.id).verify(LONG).expect("verified").files_wrong, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_an_agent_left_frozen_is_thawed_by_the_next() {
+    let mut host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    let agent = guest_agent(&host, &vm).await;
+    // As an agent leaves it that dies in between.
+    let marker = host.root().join("run").join(vm.id.as_str()).join("frozen.json");
+    std::fs::write(&marker, serde_json::json!({"layer": layer()}).to_string()).expect("marker");
+    assert!(agent.freeze(LONG).await.expect("frozen") > 0);
+    drop(agent);
+    host.replace_agent().await;
+    host.probe(&vm.id).write(1).expect("thawed");
+    assert!(!marker.exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_can_not_be_taken_leaves_the_vm_as_it_was() {
+    let Some(small) = SmallDisk::mount(200) else { return };
+    let host =
+        TestHost::start_with(Some(small.path()), Arc::new(NoPeers), HostId::from_entropy(entropy())).await;
+    let vm = host.running_vm(128).await;
+    host.probe(&vm.id).write(1).expect("files");
+    drop(guest_agent(&host, &vm).await);
+    let filler = small.path().join("filler");
+    let _ = std::io::copy(&mut std::io::repeat(1), &mut std::fs::File::create(&filler).expect("filler"));
+    for quiesce in [false, true] {
+        let problem = take_disk(&host, &vm, &snapshot(), quiesce).await.expect_err("no room");
+        assert_eq!(problem.code, ProblemCode::NoSpace, "{problem:?}");
+        assert_eq!((host.state(&vm.id), layers(&host, &vm)), (Some(VmState::Running), (1, 1)));
+    }
+    std::fs::remove_file(&filler).expect("room");
+    host.probe(&vm.id).write(1).expect("the guest is not frozen");
+
+    // Nobody in a held guest can freeze its file systems; its disk can be taken, and its memory after that.
+    host.task(&vm.id, TaskSpec::PauseVm).await.expect("held");
+    take(&host, &vm, &snapshot()).await;
+    let problem = take_disk(&host, &vm, &snapshot(), true).await.expect_err("nobody answers");
+    assert_eq!(problem.code, ProblemCode::Guest, "{problem:?}");
+    assert!(problem.message.contains("qemu-guest-agent"), "{problem:?}");
+    assert_eq!(layers(&host, &vm), (2, 2));
+    assert!(!take_disk(&host, &vm, &snapshot(), false).await.expect("taken").has_memory);
+    let last = snapshot();
+    assert!(take(&host, &vm, &last).await.has_memory);
+    host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
+    host.probe(&vm.id).write(1).expect("files");
+    restore(&host, &vm, &last).await;
+    host.task(&vm.id, TaskSpec::ResumeVm).await.expect("goes on");
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 2, 0));
 }
 
 /// A file of a snapshot.

@@ -120,6 +120,15 @@ pub enum TaskSpec {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         next: Option<Box<NextRestore>>,
     },
+    /// Take a snapshot of the disk alone, of a VM that runs as well.
+    TakeDiskSnapshot {
+        /// Its id.
+        snapshot: SnapshotId,
+        /// The id of the writable layer after it.
+        new_top: LayerId,
+        /// Have the guest agent flush and freeze the guest's file systems for the instant; without one it fails.
+        quiesce: bool,
+    },
     /// Put the VM back to a snapshot, whatever it is doing; it runs (or rests, for one without memory) as it was then.
     RestoreSnapshot {
         /// The VM.

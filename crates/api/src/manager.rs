@@ -9,7 +9,7 @@ use berth_model::image::{Image, ImagePart, PartRole};
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
 use berth_model::schedule::Schedule;
-use berth_model::snapshot::Snapshot;
+use berth_model::snapshot::{Snapshot, SnapshotExtent};
 use berth_model::vm::{Nic, Vm};
 use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
@@ -406,6 +406,9 @@ pub struct CreateSnapshot {
     /// A word about it.
     #[serde(default)]
     pub note: String,
+    /// How much of the VM it is to hold.
+    #[serde(default)]
+    pub extent: SnapshotExtent,
 }
 
 /// Where to put a VM back to.

@@ -10,7 +10,9 @@ use berth_api::manager::{
 use berth_model::SnapshotId;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
-use berth_model::snapshot::{ClockSetting, DeletionFacts, RestoreFacts, Snapshot, SnapshotFacts};
+use berth_model::snapshot::{
+    ClockSetting, DeletionFacts, RestoreFacts, Snapshot, SnapshotExtent, SnapshotFacts,
+};
 use clap::{Args, Subcommand};
 
 use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
@@ -84,6 +86,12 @@ pub struct CreateArguments {
     /// A word about it
     #[arg(long, default_value = "")]
     note: String,
+    /// Only the disk, as after a power cut; the guest runs on
+    #[arg(long)]
+    no_memory: bool,
+    /// Only the disk, with the guest's file systems flushed and frozen by its guest agent for the instant
+    #[arg(long, conflicts_with = "no_memory")]
+    filesystem: bool,
     #[command(flatten)]
     change: ChangeArguments,
 }
@@ -146,8 +154,13 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
 }
 
 async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Failure> {
-    let CreateArguments { vm, name, note, change } = arguments;
-    let wish = CreateSnapshot { name, note };
+    let CreateArguments { vm, name, note, no_memory, filesystem, change } = arguments;
+    let extent = match (no_memory, filesystem) {
+        (_, true) => SnapshotExtent::Filesystem,
+        (true, false) => SnapshotExtent::Disk,
+        (false, false) => SnapshotExtent::Machine,
+    };
+    let wish = CreateSnapshot { name, note, extent };
     let reply = session.send::<SnapshotCreate>(&vm.path(), &change_query(change), &wish).await?;
     let Some(over) = wait::carry_through(session, change, reply).await? else { return Ok(()) };
     let name = match &over.result {
@@ -248,11 +261,19 @@ fn tell(over: &Operation) -> String {
 pub fn facts_in_words(facts: &SnapshotFacts) -> String {
     let stored = units::bytes(facts.memory_stored_bytes.saturating_add(facts.disk_stored_bytes));
     let total = units::millis(facts.total_ms);
-    if facts.has_memory {
-        format!("guest paused {}, {stored} on disk, in {total}", units::micros(facts.paused_us))
-    } else {
-        format!("disk only, {stored} on disk, in {total}")
-    }
+    let paused = units::micros(facts.paused_us);
+    let cost = match (facts.has_memory, facts.quiesced) {
+        (true, _) => {
+            let slower = facts.guest_slowdown_percent.filter(|percent| *percent > 0);
+            let slower =
+                slower.map_or_else(String::new, |percent| format!(" and {percent} % slower meanwhile"));
+            format!("guest paused {paused}{slower}")
+        }
+        (false, true) => format!("disk only, file systems frozen for {paused}"),
+        (false, false) if facts.paused_us > 0 => format!("disk only, writes held for {paused}"),
+        (false, false) => "disk only".to_owned(),
+    };
+    format!("{cost}, {stored} on disk, in {total}")
 }
 
 /// What a deletion freed and what follows, in words: `412 MiB free, 80 MiB more after 120 MiB are merged in 3.0 s`.
@@ -294,6 +315,14 @@ pub fn restore_in_words(facts: &RestoreFacts, undo: Option<&SnapshotId>) -> Stri
     }
 }
 
+const fn holds(facts: &SnapshotFacts) -> &'static str {
+    match (facts.has_memory, facts.quiesced) {
+        (true, _) => "disk, memory and devices",
+        (false, true) => "disk, file systems frozen",
+        (false, false) => "disk",
+    }
+}
+
 fn facts(snapshot: &Snapshot) -> Facts {
     let captured = &snapshot.facts;
     Facts::new()
@@ -306,11 +335,13 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with("pinned", if snapshot.pinned { "yes" } else { "no" })
         .with_some("note", (!snapshot.note.is_empty()).then_some(&snapshot.note))
         .with_some("expires", snapshot.expires_at.map(instant))
+        .with("holds", holds(captured))
         .with("memory", if captured.has_memory { units::bytes(captured.memory_bytes) } else { "none".into() })
         .with("memory on disk", units::bytes(captured.memory_stored_bytes))
         .with("memory shared", units::bytes(captured.memory_shared_bytes))
         .with("disk on disk", units::bytes(captured.disk_stored_bytes))
         .with("guest paused", units::micros(captured.paused_us))
+        .with_some("guest slower by", captured.guest_slowdown_percent.map(|percent| format!("{percent} %")))
         .with("took", units::millis(captured.total_ms))
         .with("rounds", captured.rounds)
         .with("layers", captured.layers.len())

@@ -23,6 +23,19 @@ pub enum SnapshotKind {
     Scheduled,
 }
 
+/// How much of a VM a snapshot is to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotExtent {
+    /// Disk, memory and devices; of a VM without a process, its disk.
+    #[default]
+    Machine,
+    /// The disk alone, at one instant of which the guest knows nothing: as after a power cut.
+    Disk,
+    /// The disk alone, with the guest's file systems flushed and frozen by its guest agent for that instant.
+    Filesystem,
+}
+
 /// How long an undo snapshot is kept, in milliseconds (24 h). Too short: a wrong restore noticed the next morning is
 /// final. Too long: each restore costs the disk a memory image for longer.
 pub const UNDO_KEPT_MS: u64 = 24 * 3600 * 1000;
@@ -65,7 +78,8 @@ pub struct SnapshotFacts {
     pub has_memory: bool,
     /// The frozen layers from the one just above the image to the newest.
     pub layers: Vec<LayerId>,
-    /// How long the guest did not run, from QEMU's STOP to its RESUME event, in microseconds.
+    /// How long the guest did not run, from QEMU's STOP to its RESUME event, in microseconds. Of a snapshot of a running
+    /// VM's disk alone: how long its writes waited.
     pub paused_us: u64,
     /// How long the capture took in all, in milliseconds.
     pub total_ms: u64,
@@ -81,6 +95,13 @@ pub struct SnapshotFacts {
     pub disk_stored_bytes: u64,
     /// Passes over memory that were needed.
     pub rounds: u64,
+    /// The guest's file systems were flushed and frozen for the instant.
+    #[serde(default)]
+    pub quiesced: bool,
+    /// What the guest's processors lost of their time while memory was taken, in percent of what they had just before.
+    /// None: the guest hardly worked, or it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_slowdown_percent: Option<u32>,
 }
 
 /// What became of a guest's clock after a restore, which put it back too.

@@ -79,7 +79,7 @@ impl SimLauncher {
             vm: spec.vm,
             process: ProcessName { number, host: self.host.clone() },
             words: spec.arguments.iter().map(word).collect(),
-            memory_mib: spec.machine.memory_mib,
+            memory_bytes: spec.machine.memory_bytes,
         };
         let qemu = FakeQemu::start(start, Arc::clone(&self.world)).map_err(|last_words| {
             LaunchError::Died { exit: Exit { code: Some(1), signal: None, last_words } }

@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use berth_agent::launcher::Exit;
 use berth_model::VmId;
-use berth_model::host::Accelerator;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -109,8 +108,8 @@ pub struct Start {
     pub process: ProcessName,
     /// The command line, without the descriptors' numbers.
     pub words: Vec<String>,
-    /// The guest's memory in MiB.
-    pub memory_mib: u64,
+    /// The guest's memory in bytes.
+    pub memory_bytes: u64,
 }
 
 /// A refusal, in QEMU's form.
@@ -229,7 +228,7 @@ impl FakeQemu {
             ended: false,
         };
         let shared = Shared {
-            memory_bytes: berth_agent::qemu::memory_bytes(start.memory_mib, Accelerator::Tcg),
+            memory_bytes: start.memory_bytes,
             image,
             start,
             world,

@@ -11,7 +11,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::commands::{
@@ -135,6 +135,8 @@ pub struct Outgoing {
     started: Instant,
     pass: u64,
     stopped_at: Option<HostTime>,
+    /// What happened in the pause, and when, by the host's clock.
+    marks: Vec<(&'static str, HostTime)>,
 }
 
 impl Outgoing {
@@ -168,6 +170,7 @@ impl Outgoing {
             started: Instant::now(),
             pass: 0,
             stopped_at: None,
+            marks: Vec::new(),
         };
         Ok((outgoing, ours))
     }
@@ -186,7 +189,10 @@ impl Outgoing {
         loop {
             tokio::select! {
                 event = self.events.recv() => match event.map(|event| (event.kind, event.at)) {
-                    Some((EventKind::Migration(MigrationStatus::PreSwitchover), _)) => return Ok(()),
+                    Some((EventKind::Migration(MigrationStatus::PreSwitchover), at)) => {
+                        self.marks.push(("flushed", at));
+                        return Ok(());
+                    }
                     Some((EventKind::Migration(status), _)) => self.check(&status).await?,
                     Some((EventKind::MigrationPass(pass), _)) => self.pass = pass,
                     Some((EventKind::Stop, at)) => self.stopped_at = Some(at),
@@ -205,14 +211,23 @@ impl Outgoing {
     /// # Errors
     /// When it comes to nothing: the caller must then [`Self::abandon`] it.
     pub async fn finish(&mut self) -> Result<(), OutgoingError> {
+        self.mark("switched");
         self.go_on().await?;
+        self.mark("told to go on");
         let finish_timeout = self.finish_timeout;
         let finished = async {
             loop {
-                match self.events.recv().await.map(|event| event.kind) {
-                    Some(EventKind::Migration(MigrationStatus::Completed)) => return Ok(()),
-                    Some(EventKind::Migration(status)) => self.check(&status).await?,
-                    Some(EventKind::MigrationPass(pass)) => self.pass = pass,
+                let event = self.events.recv().await;
+                match event.map(|event| (event.kind, event.at)) {
+                    Some((EventKind::Migration(MigrationStatus::Completed), at)) => {
+                        self.marks.push(("sent", at));
+                        return Ok(());
+                    }
+                    Some((EventKind::Migration(status), _)) => self.check(&status).await?,
+                    Some((EventKind::MigrationPass(pass), at)) => {
+                        self.marks.push(("synced", at));
+                        self.pass = pass;
+                    }
                     Some(_) => {}
                     None => return Err(self.gone().await),
                 }
@@ -258,16 +273,38 @@ impl Outgoing {
     pub async fn take_back(&mut self) -> Result<u64, OutgoingError> {
         // QEMU says that it is done a moment before it is ("not finalized yet"): the guest waits for us, so ask often.
         let asked = Instant::now();
+        self.mark("told");
         while let Err(error) = self.qmp.call(Cont {}).await {
             if error.is_connection_lost() || asked.elapsed() > SETTLE_TIMEOUT {
                 return Err(error.into());
             }
             tokio::time::sleep(Duration::from_micros(300)).await;
         }
+        self.mark("taken back");
         let resumed = self.events.wait_for(|kind| *kind == EventKind::Resume);
         let resumed = tokio::time::timeout(SETTLE_TIMEOUT, resumed).await.ok().flatten();
         let resumed = resumed.ok_or(OutgoingError::Failed { reason: "the guest did not go on".into() })?;
+        self.marks.push(("runs", resumed.at));
+        self.tell_pause();
         Ok(self.stopped_at.and_then(|stopped| resumed.at.us_since(stopped)).unwrap_or(0))
+    }
+
+    /// The pause in its parts, each as microseconds since the guest was stopped.
+    fn tell_pause(&self) {
+        let Some(stopped) = self.stopped_at else { return };
+        let parts: Vec<String> = self
+            .marks
+            .iter()
+            .filter_map(|(what, at)| Some(format!("{what} {}", at.us_since(stopped)?)))
+            .collect();
+        let (passes, limit_ms) = (self.pass, self.convergence.limit_ms());
+        tracing::debug!(passes, limit_ms, us = %parts.join(", "), "the guest was paused");
+    }
+
+    fn mark(&mut self, what: &'static str) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = HostTime::from_epoch_us(u64::try_from(now.as_micros()).unwrap_or(0));
+        self.marks.push((what, now));
     }
 
     /// Breaks it off, and makes sure that the guest is as it was: running if `was_running`.

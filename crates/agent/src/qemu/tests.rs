@@ -124,3 +124,23 @@ fn the_machines_identity_is_that_of_the_vm() {
     assert_eq!(one.len(), 36);
     assert_eq!(one.as_bytes()[14], b'8');
 }
+
+#[test]
+fn a_translated_guest_has_a_little_less_memory_unless_its_machine_is_newer_than_the_fault() {
+    let bytes = |accelerator, machine_type| memory_bytes(256, accelerator, machine_type);
+    let (whole, shorter) = (256 << 20, (256 << 20) - 8192);
+    for (machine_type, expected) in [
+        ("pc-q35-7.2", shorter),
+        ("pc-i440fx-8.2", shorter),
+        ("pc-q35-9.0", whole),
+        ("pc-i440fx-10.0", whole),
+        // Names that say nothing that we know of.
+        ("q35", shorter),
+        ("pc-q35-rhel9.4.0", shorter),
+        ("pc-q35-noble", shorter),
+        ("microvm-10.0", shorter),
+    ] {
+        assert_eq!(bytes(Accelerator::Tcg, machine_type), expected, "{machine_type}");
+        assert_eq!(bytes(Accelerator::Kvm, machine_type), whole, "{machine_type}");
+    }
+}

@@ -26,6 +26,7 @@ use super::archive::SnapshotFiles;
 use super::image::MemoryImage;
 use super::layers;
 use super::memory::{CollectError, Collected, collect};
+use super::slowdown::{self, CpuTime};
 use crate::durable::with_causes;
 use crate::migration::convergence::PauseBudget;
 use crate::migration::outgoing::{Outgoing, OutgoingError, Passage, Sending};
@@ -55,6 +56,8 @@ pub struct Capture<'a> {
     pub new_top: &'a LayerId,
     /// Whether the guest runs.
     pub was_running: bool,
+    /// What its processors had got a moment ago, if that is known.
+    pub cpu_before: Option<CpuTime>,
 }
 
 /// What came of it.
@@ -66,6 +69,8 @@ pub struct Captured {
     pub paused_us: u64,
     /// Passes over memory.
     pub rounds: u64,
+    /// What the guest's processors lost of their time meanwhile, in percent of what they had before.
+    pub guest_slowdown_percent: Option<u32>,
 }
 
 /// A capture that failed, and how far it had come.
@@ -95,6 +100,7 @@ impl Capture<'_> {
             finish_timeout: FINISH_TIMEOUT,
         };
         let mut switched = false;
+        let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
         let (mut outgoing, stream) =
             Outgoing::start(self.qmp, sending).await.map_err(|error| failure(error.into(), switched))?;
         let collector = self.collector(stream, base);
@@ -110,8 +116,11 @@ impl Capture<'_> {
             }
         };
         match (taken, collected) {
-            (Ok(paused_us), Ok(collected)) => {
-                Ok(Captured { collected, paused_us, rounds: outgoing.passes() })
+            (Ok(Taken { paused_us, cpu_ended }), Ok(collected)) => {
+                let cpu = self.cpu_before.as_ref().zip(cpu_begun).zip(cpu_ended);
+                let guest_slowdown_percent =
+                    cpu.and_then(|((before, begun), ended)| slowdown::percent(before, &begun, &ended));
+                Ok(Captured { collected, paused_us, rounds: outgoing.passes(), guest_slowdown_percent })
             }
             // The collector's fault is what QEMU met as a broken stream: it is the one to tell of.
             (_, Err(Some(error))) if self.is_cause(&error) => Err(failure(collect_problem(&error), switched)),
@@ -123,13 +132,13 @@ impl Capture<'_> {
         }
     }
 
-    /// From the first pass to the guest's going on; gives the pause in microseconds.
+    /// From the first pass to the guest's going on.
     async fn take(
         &self,
         outgoing: &mut Outgoing,
         context: &TaskContext,
         switched: &mut bool,
-    ) -> Result<u64, OutgoingError> {
+    ) -> Result<Taken, OutgoingError> {
         tokio::select! {
             stopped = outgoing.until_switchover(context.cancel(), |passage| context.progress(progress(passage))) => {
                 stopped?;
@@ -140,10 +149,12 @@ impl Capture<'_> {
         *switched = true;
         if self.was_running {
             outgoing.finish().await?;
-            outgoing.take_back().await
+            let paused_us = outgoing.take_back().await?;
+            // The pause is in it: a few milliseconds of what took seconds.
+            Ok(Taken { paused_us, cpu_ended: self.cpu_before.as_ref().and_then(CpuTime::later) })
         } else {
             outgoing.finish_unanswered().await?;
-            Ok(0)
+            Ok(Taken { paused_us: 0, cpu_ended: None })
         }
     }
 
@@ -174,6 +185,12 @@ impl Capture<'_> {
             CollectError::Read(_) => false,
         }
     }
+}
+
+/// What came of the taking.
+struct Taken {
+    paused_us: u64,
+    cpu_ended: Option<CpuTime>,
 }
 
 type Collector = JoinHandle<Result<Collected, CollectError>>;

@@ -35,9 +35,11 @@ pub async fn forget_unless_held(vm: &VmRuntime) -> Result<(), Problem> {
 pub fn find(vm: &VmRuntime, chain_below_top: &[LayerId]) -> Result<Option<Manifest>, Problem> {
     let Some(snapshot) = durable::read_json::<SnapshotId>(&marker(vm)?)? else { return Ok(None) };
     let Ok(manifest) = archive::read(vm.dirs()?, &snapshot) else { return Ok(None) };
-    // One layer lies on the snapshot's: the one that the guest, had it run, would have written to.
-    let is_next = chain_below_top.split_last().is_some_and(|(_, below)| below == manifest.layers);
-    Ok((is_next && manifest.memory.is_some()).then_some(manifest))
+    // What lies on the snapshot's layers is empty: the one that the guest, had it run, would have written to, and those
+    // of snapshots of the disk alone.
+    let is_on_it =
+        chain_below_top.len() > manifest.layers.len() && chain_below_top.starts_with(&manifest.layers);
+    Ok((is_on_it && manifest.memory.is_some()).then_some(manifest))
 }
 
 /// Gives the new snapshot the earlier one's files, which are never written again.

@@ -183,7 +183,8 @@ async fn check(ground: &Ground, manifest: &Manifest) -> Result<(), Problem> {
     let hypervisor = ground.services.hypervisor().await.ok_or_else(crate::vm::process::stopping)?;
     let path = SnapshotFiles::of(&ground.dirs, &manifest.snapshot).memory();
     let length = std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?.len();
-    let expected = qemu::memory_bytes(ground.definition.spec.memory_mib, hypervisor.accelerator);
+    let spec = &ground.definition.spec;
+    let expected = qemu::memory_bytes(spec.memory_mib, hypervisor.accelerator, &spec.machine_type);
     if length == memory.bytes && length == expected {
         return Ok(());
     }

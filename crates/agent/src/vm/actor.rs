@@ -322,6 +322,9 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
             }
             taken
         }
+        TaskSpec::TakeDiskSnapshot { snapshot, new_top, quiesce } => {
+            snapshot::take_disk(vm, task, snapshot, new_top, *quiesce).await
+        }
         TaskSpec::RestoreSnapshot { definition, snapshot, new_top, paused } => {
             let target = snapshot::Target { definition, snapshot, new_top, paused: *paused };
             snapshot::restore(vm, task, target).await

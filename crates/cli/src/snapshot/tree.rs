@@ -69,7 +69,11 @@ impl<'a> Drawing<'a> {
     fn cells(&self, snapshot: &Snapshot, name: String) -> Vec<String> {
         let facts = &snapshot.facts;
         let stored = facts.memory_stored_bytes.saturating_add(facts.disk_stored_bytes);
-        let paused = if facts.has_memory { units::micros(facts.paused_us) } else { "disk only".to_owned() };
+        let paused = match (facts.has_memory, facts.quiesced) {
+            (true, _) => units::micros(facts.paused_us),
+            (false, true) => "disk, frozen".to_owned(),
+            (false, false) => "disk only".to_owned(),
+        };
         let mut note = snapshot.note.clone();
         if let Some(expires_at) = snapshot.expires_at {
             let gap = if note.is_empty() { "" } else { "; " };

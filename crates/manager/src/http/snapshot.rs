@@ -62,6 +62,7 @@ async fn create(call: Call<SnapshotCreate, TheVm>) -> Result<Answer<OperationRef
         occasion: None,
         name: wish.name,
         note: wish.note,
+        extent: wish.extent,
     };
     let begin = Begin { if_match, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await

@@ -4,7 +4,7 @@ use berth_api::manager::{CreateVm, MigrateVm, RestoreVm};
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
 use berth_model::schedule::Occasion;
-use berth_model::snapshot::SnapshotKind;
+use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::{ImageId, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +75,9 @@ pub enum OperationRequest {
         name: Option<Name>,
         /// A word about it.
         note: String,
+        /// How much of the VM it is to hold.
+        #[serde(default)]
+        extent: SnapshotExtent,
     },
     /// Put a VM back to a snapshot.
     SnapshotRestore {

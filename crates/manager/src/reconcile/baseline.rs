@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_model::snapshot::SnapshotKind;
+use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::vm::{GuestState, Vm, VmState};
 use berth_model::{OperationId, Problem, ProblemCode, Timestamp, VmId};
 
@@ -100,6 +100,7 @@ impl Watch {
             occasion: None,
             name: None,
             note: "taken when the guest was first ready".to_owned(),
+            extent: SnapshotExtent::Machine,
         };
         let begun = cluster.operations.begin(Begin::new(ACTOR, request)).await;
         let label = format!("vm:{}", vm.full_name());

@@ -8,7 +8,7 @@ use berth_api::endpoint::Nothing;
 use berth_model::host::Host;
 use berth_model::name::Name;
 use berth_model::operation::{OperationKind, OperationResult};
-use berth_model::snapshot::{DeletionFacts, Snapshot, SnapshotFacts, SnapshotKind};
+use berth_model::snapshot::{DeletionFacts, Snapshot, SnapshotExtent, SnapshotFacts, SnapshotKind};
 use berth_model::vm::{Vm, VmState};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,8 @@ pub struct CreateSnapshotRecord {
 pub(super) struct Capture {
     pub(super) snapshot: Snapshot,
     pub(super) new_top: LayerId,
+    #[serde(default)]
+    pub(super) extent: SnapshotExtent,
 }
 
 impl Workflow for CreateSnapshot {
@@ -50,13 +52,16 @@ impl Workflow for CreateSnapshot {
         &[step!("capture", capture, discard), step!("record", record, unrecord)];
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
-        let OperationRequest::SnapshotCreate { kind, name, note, occasion, .. } = request else {
+        let OperationRequest::SnapshotCreate { kind, name, note, occasion, extent, .. } = request else {
             return Err(wrong_request());
         };
         let vm = desk.vm()?;
         let host = reachable_host(desk.cluster, vm)?;
         if !matches!(vm.status.state, VmState::Running | VmState::Paused | VmState::Stopped) {
             return Err(wrong_state(vm, "to take a snapshot", "running, paused or stopped"));
+        }
+        if *extent == SnapshotExtent::Filesystem && vm.status.state != VmState::Running {
+            return Err(wrong_state(vm, "to freeze its file systems for a snapshot", "running"));
         }
         // What Berth takes by itself keeps a VM safe: it counts, and is not refused.
         if matches!(kind, SnapshotKind::Manual | SnapshotKind::Scheduled) {
@@ -65,7 +70,12 @@ impl Workflow for CreateSnapshot {
         let mut capture = Capture::new(desk.cluster, vm, *kind, name.clone())?;
         capture.snapshot.note.clone_from(note);
         capture.snapshot.occasion.clone_from(occasion);
-        let what = if vm.status.state == VmState::Stopped { "its disk" } else { "disk, memory and devices" };
+        capture.extent = *extent;
+        let what = match extent {
+            SnapshotExtent::Machine if vm.status.state != VmState::Stopped => "disk, memory and devices",
+            SnapshotExtent::Machine | SnapshotExtent::Disk => "its disk",
+            SnapshotExtent::Filesystem => "its disk, file systems frozen for the instant",
+        };
         Ok(Plan {
             subject: vm.full_name(),
             summary: format!("take snapshot {} of {} ({what})", capture.snapshot.name, vm.full_name()),
@@ -132,7 +142,7 @@ impl Capture {
             created_at: now,
             expires_at: None,
         };
-        Ok(Self { snapshot, new_top: cluster.new_layer_id() })
+        Ok(Self { snapshot, new_top: cluster.new_layer_id(), extent: SnapshotExtent::Machine })
     }
 }
 
@@ -166,8 +176,13 @@ pub(super) async fn take<W: Workflow>(
     label: &str,
     next: Option<Box<NextRestore>>,
 ) -> Result<SnapshotFacts, Problem> {
-    let (vm, snapshot) = (&capture.snapshot.vm, capture.snapshot.id.clone());
-    let spec = TaskSpec::TakeSnapshot { snapshot, new_top: capture.new_top.clone(), next };
+    let (vm, snapshot, new_top) =
+        (&capture.snapshot.vm, capture.snapshot.id.clone(), capture.new_top.clone());
+    let spec = match capture.extent {
+        SnapshotExtent::Machine => TaskSpec::TakeSnapshot { snapshot, new_top, next },
+        SnapshotExtent::Disk => TaskSpec::TakeDiskSnapshot { snapshot, new_top, quiesce: false },
+        SnapshotExtent::Filesystem => TaskSpec::TakeDiskSnapshot { snapshot, new_top, quiesce: true },
+    };
     match run.command(Command { host, vm: Some(vm), label, spec }).await? {
         TaskOutput::Snapshot { facts } => Ok(facts),
         _ => Err(Problem::new(ProblemCode::Internal, "the agent took a snapshot and did not say which")),

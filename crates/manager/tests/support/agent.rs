@@ -447,6 +447,9 @@ impl FakeAgent {
                 done
             }
             TaskSpec::TakeSnapshot { snapshot, new_top, .. } => self.take_snapshot(&vm(), snapshot, new_top),
+            TaskSpec::TakeDiskSnapshot { snapshot, new_top, .. } => {
+                self.take_disk_snapshot(&vm(), snapshot, new_top)
+            }
             TaskSpec::RestoreSnapshot { snapshot, new_top, paused, .. } => {
                 self.restore(&vm(), snapshot, new_top, *paused)
             }
@@ -498,7 +501,26 @@ impl FakeAgent {
         new_top: &LayerId,
     ) -> Result<TaskOutput, Problem> {
         let machine = self.machine(vm).ok_or_else(|| Problem::not_found("vm", vm))?;
-        let has_memory = machine.process != Process::None;
+        Ok(self.keep_snapshot(vm, snapshot, new_top, machine.process != Process::None))
+    }
+
+    fn take_disk_snapshot(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+    ) -> Result<TaskOutput, Problem> {
+        self.machine(vm).ok_or_else(|| Problem::not_found("vm", vm))?;
+        Ok(self.keep_snapshot(vm, snapshot, new_top, false))
+    }
+
+    fn keep_snapshot(
+        &self,
+        vm: &VmId,
+        snapshot: &SnapshotId,
+        new_top: &LayerId,
+        has_memory: bool,
+    ) -> TaskOutput {
         self.pool(|pool| {
             let files = pool.vms.get_mut(vm).expect("a VM has files");
             if !files.snapshots.contains_key(snapshot) {
@@ -507,7 +529,7 @@ impl FakeAgent {
             }
         });
         let facts = SnapshotFacts { has_memory, paused_us: 8000, total_ms: 50, ..SnapshotFacts::default() };
-        Ok(TaskOutput::Snapshot { facts })
+        TaskOutput::Snapshot { facts }
     }
 
     fn restore(
@@ -677,6 +699,7 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::WaitReady { .. } => "wait-ready",
         TaskSpec::DeleteVm { .. } => "delete",
         TaskSpec::TakeSnapshot { .. } => "snapshot",
+        TaskSpec::TakeDiskSnapshot { .. } => "disk-snapshot",
         TaskSpec::RestoreSnapshot { .. } => "restore",
         TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
         TaskSpec::AdmitMigration { .. } => "admit",
@@ -700,6 +723,7 @@ pub const KINDS: &[&str] = &[
     "resume",
     "delete",
     "snapshot",
+    "disk-snapshot",
     "restore",
     "delete-snapshot",
     "admit",

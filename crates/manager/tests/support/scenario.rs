@@ -4,7 +4,7 @@ use berth_api::manager::{CreateVm, MigrateVm, RestoreVm};
 use berth_manager::cluster::Cluster;
 use berth_manager::operations::OperationRequest;
 use berth_model::operation::OperationKind;
-use berth_model::snapshot::SnapshotKind;
+use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::{ImageId, SnapshotId, VmId};
 
 use crate::world::{World, done, running_vm, wish};
@@ -83,6 +83,7 @@ pub fn take(vm: &VmId, name: &str) -> OperationRequest {
         occasion: None,
         name: Some(name.parse().unwrap()),
         note: String::new(),
+        extent: SnapshotExtent::Machine,
     }
 }
 

@@ -8,7 +8,7 @@ use berth_manager::cluster::{Cluster, Settings};
 use berth_manager::operations::{Begin, Filter, OperationRequest};
 use berth_manager::records::FixedPorts;
 use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState};
-use berth_model::snapshot::SnapshotKind;
+use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::vm::{GuestState, PortForward, Vm, VmState};
 use berth_model::{ImageId, Problem, ProblemCode, VmId};
 
@@ -265,6 +265,7 @@ async fn what_is_protected_pinned_or_running_is_not_deleted() {
         occasion: None,
         name: None,
         note: String::new(),
+        extent: SnapshotExtent::Machine,
     };
     done(&cluster, request).await;
     let baseline = vm(&cluster, &id).status.baseline.expect("a baseline");

@@ -54,7 +54,7 @@ impl Scene {
         }
         let process = ProcessName { number: self.next, host: format!("host-{}", self.next) };
         self.next += 1;
-        let start = Start { vm: self.vm.clone(), process, words, memory_mib: 32 };
+        let start = Start { vm: self.vm.clone(), process, words, memory_bytes: (32 << 20) - 8192 };
         let qemu = FakeQemu::start(start, Arc::clone(&self.world)).expect("started");
         let (qmp, events) = monitor(&qemu).await;
         (qemu, qmp, events)
@@ -246,7 +246,7 @@ async fn faults_come_when_they_are_planned() {
     assert_eq!(exit(&qemu).await.signal, Some(11));
     plan(&scene, Fault::DieAtStart { words: "no such machine".into() });
     let process = ProcessName { number: 9, host: "host-9".into() };
-    let start = Start { vm: scene.vm.clone(), process, words: Vec::new(), memory_mib: 32 };
+    let start = Start { vm: scene.vm.clone(), process, words: Vec::new(), memory_bytes: (32 << 20) - 8192 };
     assert_eq!(FakeQemu::start(start, Arc::clone(&scene.world)).expect_err("dies"), "no such machine");
     assert!(scene.world.oracle.running_on(&scene.vm).is_empty());
     scene.verdict();
