@@ -20,7 +20,7 @@ type Taken = (SnapshotId, u64);
 
 async fn take(host: &TestHost, vm: &TestVm) -> SnapshotId {
     let taken = snapshot();
-    let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer() };
+    let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer(), next: None };
     match host.task(&vm.id, spec).await.expect("taken") {
         TaskOutput::Snapshot { .. } => taken,
         other => panic!("{other:?}"),
@@ -32,7 +32,8 @@ async fn delete(host: &TestHost, vm: &TestVm, snapshot: SnapshotId) {
 }
 
 async fn restore(host: &TestHost, vm: &TestVm, snapshot: SnapshotId) {
-    let spec = TaskSpec::RestoreSnapshot { definition: vm.boxed(), snapshot, new_top: layer() };
+    let spec =
+        TaskSpec::RestoreSnapshot { definition: vm.boxed(), snapshot, new_top: layer(), paused: false };
     host.task(&vm.id, spec).await.expect("restored");
 }
 
