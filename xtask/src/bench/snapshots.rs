@@ -110,10 +110,12 @@ pub fn measure(run: &Run, no_peers: bool, figures: &mut Figures) {
     if wants(&["second_snapshot_bytes_percent"]) {
         part(figures, "the room of a second snapshot", |figures| room::measure(run, figures));
     }
-    if wants(&["clones10_seconds", "clone_extra_memory_percent"]) {
+    if wants(&["clones10_seconds", "clone_extra_memory_percent"])
+        && knows(run, "clones", &["snapshot", "restore", "--clone", "copy"])
+    {
         part(figures, "clones", |figures| clones::measure(run, figures));
     }
-    if wants(&["schedule_100_errors", "schedule_chain_max"]) {
+    if wants(&["schedule_100_errors", "schedule_chain_max"]) && knows(run, "schedules", &["schedule"]) {
         part(figures, "a schedule", |figures| schedule::measure(run, figures));
     }
     if no_peers {
@@ -122,6 +124,16 @@ pub fn measure(run: &Run, no_peers: bool, figures: &mut Figures) {
         peers::measure_snapshots(run, figures);
         restores::compare(figures);
     }
+}
+
+/// Whether the binary that is measured knows these words; says so if it does not, as an older one may not.
+fn knows(run: &Run, feature: &str, words: &[&str]) -> bool {
+    let help = run.berth().and_then(|berth| Ok(berth.command(&[words, &["--help"]].concat()).output()?));
+    let known = help.is_ok_and(|help| help.status.success());
+    if !known {
+        println!("\n{feature} are left out: this berth has no `berth {}`", words.join(" "));
+    }
+    known
 }
 
 /// A cluster of one host with the test guest as image `probe`, in a folder of this name.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-/// How long QEMU may take to open its monitor, and to answer a command.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long QEMU may take to open its monitor, and to answer a command: `savevm` answers when all is written.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A monitor's connection.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! How long guests stand still: fifty snapshots of one, and a few of a small, a middling and a large one.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use guest_probe::memory::Settings;
 
 use super::{cluster, scaled};
@@ -25,21 +25,37 @@ struct Pauses {
     total_ms: Vec<f64>,
     gap_ms: Vec<f64>,
     rounds: Vec<f64>,
+    failures: u32,
 }
 
 impl Pauses {
+    /// Takes so many, each deleted again. One that fails is told at once and counted: those that went well are still worth
+    /// their figures.
     fn of(subject: &Subject<'_>, snapshots: u32) -> Result<Self> {
         let mut pauses = Self::default();
         for index in 0..snapshots {
             let name = format!("run-{index}");
-            let (facts, gap_ms) = work::with_gap(subject.probe.address(), || subject.take(&name))?;
-            pauses.paused_ms.push(number(&facts["paused_us"])? / 1000.0);
-            pauses.total_ms.push(number(&facts["total_ms"])?);
-            pauses.rounds.push(number(&facts["rounds"])?);
-            pauses.gap_ms.push(gap_ms);
-            subject.forget(&name)?;
+            match work::with_gap(subject.probe.address(), || subject.take(&name)) {
+                Ok((facts, gap_ms)) => {
+                    pauses.paused_ms.push(number(&facts["paused_us"])? / 1000.0);
+                    pauses.total_ms.push(number(&facts["total_ms"])?);
+                    pauses.rounds.push(number(&facts["rounds"])?);
+                    pauses.gap_ms.push(gap_ms);
+                    subject.forget(&name)?;
+                }
+                Err(error) => {
+                    println!("   snapshot {index} of {snapshots} failed: {error:#}");
+                    pauses.failures += 1;
+                }
+            }
         }
         Ok(pauses)
+    }
+
+    /// That all of them went well.
+    fn all_went_well(&self) -> Result<()> {
+        ensure!(self.failures == 0, "{} snapshots failed: see above", self.failures);
+        Ok(())
     }
 }
 
@@ -54,6 +70,7 @@ pub fn many(run: &Run, figures: &mut Figures) -> Result<()> {
     figures.add("paused_guest_rate_mib_s", "rewritten by the guest meanwhile", &[pace.reached_mib_s]);
     figures.add("paused_quiet_gap_ms", "longest UDP gap of that guest when left alone", &[pace.quiet_gap_ms]);
     let pauses = Pauses::of(&subject, scaled(run, MANY))?;
+    ensure!(!pauses.paused_ms.is_empty(), "no snapshot went well: see above");
     let longest = pauses.paused_ms.iter().copied().fold(f64::NAN, f64::max);
     figures.add("paused_ms_p50", "guest paused by a snapshot with memory, 2 GiB", &pauses.paused_ms);
     figures.add("paused_ms_max", "the longest of them", &[longest]);
@@ -61,7 +78,8 @@ pub fn many(run: &Run, figures: &mut Figures) -> Result<()> {
     figures.add("snapshot_udp_gap_ms", "longest gap seen by a UDP client meanwhile", &pauses.gap_ms);
     figures.add("snapshot_rounds", "passes over memory", &pauses.rounds);
     subject.verify()?;
-    cluster.down()
+    cluster.down()?;
+    pauses.all_went_well()
 }
 
 /// A few snapshots each of guests of 0.5, 2 and 8 GiB, all of whose memory is filled, with the same work.
@@ -81,6 +99,7 @@ pub fn growth(run: &Run, figures: &mut Figures) -> Result<()> {
         figures.add(&format!("paused_ms_{suffix}"), &format!("guest paused, {how}"), &pauses.paused_ms);
         figures.add(&format!("snapshot_total_ms_{suffix}"), &format!("in all, {how}"), &pauses.total_ms);
         figures.add(&format!("snapshot_udp_gap_ms_{suffix}"), &format!("UDP gap, {how}"), &pauses.gap_ms);
+        pauses.all_went_well()?;
         medians.push(median(&pauses.paused_ms));
         subject.delete()?;
     }
