@@ -239,8 +239,9 @@ async fn a_schedule_goes_with_its_vm_and_what_is_pinned_stays() {
     let (stage, vms) = Stage::new(1, "0 * * * *", "last=1").await;
     stage.runs(1).await;
     let first = stage.cluster().records.snapshots_of(&vms[0]).last().expect("one").value.clone();
+    let key = format!("{}/{}", first.vm, first.id);
     let pinned = stage.cluster().records.update::<berth_model::snapshot::Snapshot, berth_model::Problem>(
-        &format!("{}/{}", first.vm, first.id),
+        &key,
         |row| {
             row.pinned = true;
             Ok(())
