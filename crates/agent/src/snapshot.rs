@@ -27,9 +27,11 @@ use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
 pub mod archive;
+mod base;
 pub mod capture;
 mod disk;
 mod held;
+pub mod image;
 pub mod layers;
 pub mod memory;
 pub mod overlay;
@@ -257,7 +259,7 @@ async fn take_of_machine(
                     was_running: status.running,
                     cpu_before: before,
                 };
-                take_anew(&capture, context).await
+                take_anew(&capture, vm.dirs()?, &frozen, context).await
             }
         }
     }
@@ -310,39 +312,40 @@ async fn look_before(cpu: Option<&CpuTime>) {
 
 async fn take_anew(
     capture: &Capture<'_>,
+    dirs: &VmDirs,
+    layers: &[LayerId],
     context: &TaskContext,
 ) -> Result<(SnapshotFacts, MemoryManifest), CaptureFailure> {
-    let captured = capture.run(context).await?;
+    let (dirs, layers, memory_bytes) = (dirs.clone(), layers.to_vec(), capture.memory_bytes);
+    let earlier = blocking(move || Ok(base::choose(&dirs, &layers, memory_bytes))).await?;
+    let (linked, base) = earlier.map(|earlier| (earlier.paths, earlier.base)).unzip();
+    let captured = capture.run(context, base).await?;
     context.phase("writing");
     let (paused_us, rounds) = (captured.paused_us, captured.rounds);
     let guest_slowdown_percent = captured.guest_slowdown_percent;
-    let (memory_bytes, was_running) = (capture.memory_bytes, capture.was_running);
-    let files = capture.files.clone();
+    let (files, was_running) = (capture.files.clone(), capture.was_running);
     let written = blocking(move || {
-        let memory = &captured.collected.memory;
-        let stored = memory::stored_bytes(memory).map_err(FileError::io(&files.memory(), "examined"))?;
-        memory::write_index(memory, &files.index(), index_key()?)
-            .map_err(FileError::io(&files.index(), "written"))?;
+        let image = image::complete(captured.collected, &files, linked.as_ref())?;
         let manifest = MemoryManifest {
             bytes: memory_bytes,
             was_running,
             device_blake3: archive::blake3_of(&files.device())?,
-            index_blake3: archive::blake3_of(&files.index())?,
+            index_blake3: image.identity,
+            differences: image.differences,
         };
-        Ok((stored, manifest))
+        let facts = SnapshotFacts {
+            has_memory: true,
+            paused_us,
+            memory_bytes,
+            memory_stored_bytes: image.own_bytes,
+            memory_shared_bytes: image.shared_bytes,
+            rounds,
+            guest_slowdown_percent,
+            ..SnapshotFacts::default()
+        };
+        Ok((facts, manifest))
     });
-    let (memory_stored_bytes, manifest) =
-        written.await.map_err(|problem| CaptureFailure { problem, switched: true })?;
-    let facts = SnapshotFacts {
-        has_memory: true,
-        paused_us,
-        memory_bytes,
-        memory_stored_bytes,
-        rounds,
-        guest_slowdown_percent,
-        ..SnapshotFacts::default()
-    };
-    Ok((facts, manifest))
+    written.await.map_err(|problem| CaptureFailure { problem, switched: true })
 }
 
 /// A guest that has not moved since an earlier snapshot: its memory is that snapshot's, and only the layers are switched.
@@ -357,13 +360,15 @@ async fn take_again(
         return Err(Problem::new(ProblemCode::Internal, "a snapshot of a held guest without memory").into());
     };
     let files = SnapshotFiles::of(vm.dirs()?, &earlier.snapshot);
-    held::link(&files, draft.files()).map_err(Problem::from)?;
+    held::link(&files, &memory, draft.files()).map_err(Problem::from)?;
     layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
     let facts = SnapshotFacts {
         paused_us: 0,
         total_ms: 0,
         rounds: 0,
         guest_slowdown_percent: None,
+        memory_stored_bytes: 0,
+        memory_shared_bytes: earlier.facts.memory_stored_bytes + earlier.facts.memory_shared_bytes,
         ..earlier.facts.clone()
     };
     Ok((facts, memory))
@@ -470,11 +475,4 @@ fn split_chain(vm: &VmRuntime, new_top: &LayerId) -> Result<(Vec<LayerId>, u64),
 
 fn last(layers: &[LayerId]) -> Result<&LayerId, Problem> {
     layers.last().ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
-}
-
-fn index_key() -> Result<[u8; 32], Problem> {
-    let mut key = [0; 32];
-    getrandom::fill(&mut key)
-        .map_err(|error| Problem::new(ProblemCode::Internal, format!("no random numbers: {error}")))?;
-    Ok(key)
 }

@@ -337,3 +337,67 @@ async fn a_disk_that_can_not_be_taken_leaves_the_vm_as_it_was() {
     let found = host.probe(&vm.id).verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 2, 0));
 }
+
+/// A file of a snapshot.
+fn file_of(host: &TestHost, vm: &TestVm, snapshot: &SnapshotId, name: &str) -> std::path::PathBuf {
+    host.vm_directory(&vm.id).join("snapshots").join(snapshot.as_str()).join(name)
+}
+
+/// A guest whose memory is filled, and then left alone but for `hot_mib` of it.
+const fn filled(hot_mib: u32) -> Settings {
+    Settings { memory_mib: 96, rate_mib_s: 40, hot_mib, rewrite: Rewrite::Whole }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chain_of_differences_comes_back_page_by_page_whichever_are_deleted() {
+    let host = TestHost::start().await;
+    let vm = host.running_vm(256).await;
+    let probe = host.probe(&vm.id);
+    probe.set(filled(4), LONG).expect("filled");
+    let mut taken = Vec::new();
+    // More than an image may have files, so that what the differences hold is taken over once.
+    for round in 0..10 {
+        let one = snapshot();
+        let facts = take(&host, &vm, &one).await;
+        println!("{round}: {facts:?}");
+        let at = probe.tick().expect("tick");
+        assert_eq!(facts.memory_shared_bytes > 0, round > 0, "{facts:?}");
+        taken.push((one, at, facts));
+        probe.write(1).expect("a file");
+    }
+    let first = &taken[0].2;
+    for (_, _, facts) in &taken[1..] {
+        let percent = facts.memory_stored_bytes * 100 / first.memory_stored_bytes;
+        assert!(percent < 40, "{percent} % of the first: {facts:?}");
+    }
+    // Of what is deleted nothing is missing to the others, in whatever order.
+    let delete = async |index: usize| {
+        let spec = TaskSpec::DeleteSnapshot { snapshot: taken[index].0.clone() };
+        host.task(&vm.id, spec).await.expect("deleted");
+    };
+    let check = async |index: usize| {
+        let (one, at, _) = &taken[index];
+        let facts = restore(&host, &vm, one).await;
+        let probe = host.probe(&vm.id);
+        let back = probe.tick().expect("alive");
+        assert!(back.nonce == at.nonce, "{back:?}, taken at {at:?}");
+        let found = probe.verify(LONG).expect("verified");
+        println!("{index} restored: {facts:?}, {found:?}");
+        assert_eq!((found.pages_wrong, found.files as usize, found.files_wrong), (0, index, 0));
+        assert!(found.pages > 0);
+    };
+    check(9).await;
+    check(3).await;
+    delete(0).await;
+    delete(4).await;
+    check(5).await;
+    delete(9).await;
+    delete(1).await;
+    check(8).await;
+    check(2).await;
+    for (index, kept) in [(2, false), (3, true)] {
+        delete(2).await;
+        assert_eq!(file_of(&host, &vm, &taken[index].0, "memory.raw").exists(), kept);
+    }
+    check(7).await;
+}

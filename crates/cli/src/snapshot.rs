@@ -275,6 +275,7 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with("holds", holds(captured))
         .with("memory", if captured.has_memory { units::bytes(captured.memory_bytes) } else { "none".into() })
         .with("memory on disk", units::bytes(captured.memory_stored_bytes))
+        .with("memory shared", units::bytes(captured.memory_shared_bytes))
         .with("disk on disk", units::bytes(captured.disk_stored_bytes))
         .with("guest paused", units::micros(captured.paused_us))
         .with_some("guest slower by", captured.guest_slowdown_percent.map(|percent| format!("{percent} %")))

@@ -79,8 +79,12 @@ pub struct SnapshotFacts {
     pub total_ms: u64,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
-    /// What the memory image occupies on disk, in bytes: zero pages cost nothing.
+    /// What the memory image added to the disk, in bytes: neither zero pages nor what an earlier snapshot on the host
+    /// holds cost anything.
     pub memory_stored_bytes: u64,
+    /// What the files occupy, in bytes, that hold the rest of the memory and belong to an earlier snapshot as well.
+    #[serde(default)]
+    pub memory_shared_bytes: u64,
     /// What the newest frozen layer occupies, in bytes.
     pub disk_stored_bytes: u64,
     /// Passes over memory that were needed.

@@ -1,14 +1,17 @@
 //! How fast a stream is split on this machine, without any disk or socket in it.
 //!
 //! A stream of 1 GiB of memory is made, a third of it zero as in a usual guest, and fed in pieces of a socket's size:
-//! once into a sink that only counts (what the splitter itself costs), once into memory (with the copy that a file in
-//! the page cache would make too). Run it with `--release`.
+//! into a sink that only counts (what the splitter itself costs), into memory (with the copy that a file in the page cache
+//! would make too), and through a differ whose base has it all, at hand or not. Run it with `--release`.
 
 use std::hint::black_box;
 use std::io;
 use std::time::Instant;
 
-use berth_stream::{Item, PAGE_BYTES, PageHasher, PageSink, Parser, SplitOptions, Splitter};
+use berth_stream::{
+    Base, BaseFiles, Differ, Item, PAGE_BYTES, PageHasher, PageIndex, PageSink, Parser, SplitOptions,
+    Splitter,
+};
 
 const MEMORY_BYTES: u64 = 1 << 30;
 const PIECE_BYTES: usize = 256 << 10;
@@ -42,6 +45,17 @@ impl PageSink for Memory {
     }
 }
 
+/// A base's only file, to be had at once or not at all.
+struct Warm<'a>(Option<&'a [u8]>);
+
+impl BaseFiles for Warm<'_> {
+    fn read_now(&mut self, _file: u8, offset: u64, bytes: &mut [u8]) -> usize {
+        let Some(file) = self.0 else { return 0 };
+        bytes.copy_from_slice(&file[offset as usize..][..bytes.len()]);
+        bytes.len()
+    }
+}
+
 fn main() {
     let stream = stream();
     println!("stream of {} MB, best of {ROUNDS}", stream.len() / 1_000_000);
@@ -59,6 +73,11 @@ fn main() {
     let mut memory = Memory(vec![1; MEMORY_BYTES as usize]);
     report("split, sink copies", stream.len(), || _ = split(&stream, &mut memory));
     let hasher = PageHasher::new([1; 32]);
+    let index = full_index(&stream, &hasher);
+    let base = |files| Base::new(index.clone(), files).expect("a free number");
+    let against = |files| Differ::against(base(files), Count(0));
+    report("split, compared", stream.len(), || _ = split(&stream, against(Warm(Some(&memory.0)))));
+    report("split, base cold", stream.len(), || _ = split(&stream, against(Warm(None))));
     let (pages, _) = memory.0.as_chunks::<PAGE_BYTES>();
     report("hash pages", memory.0.len(), || {
         pages.iter().for_each(|page| _ = black_box(hasher.hash_page(page)))
@@ -71,6 +90,20 @@ fn split<S: PageSink>(stream: &[u8], sink: S) -> S {
     let mut splitter = Splitter::new(options, sink, Vec::new());
     stream.chunks(PIECE_BYTES).for_each(|bytes| splitter.feed(bytes).expect("a good stream"));
     splitter.finish().expect("a whole stream").0
+}
+
+/// The index of a full image of what the stream has.
+fn full_index(stream: &[u8], hasher: &PageHasher) -> PageIndex {
+    let mut memory = Memory(vec![0; MEMORY_BYTES as usize]);
+    let differ: Differ<_, Warm<'_>> = Differ::full(&mut memory, MEMORY_BYTES, hasher.clone());
+    let (memory, mut digest) = split(stream, differ).finish();
+    let mut from = 0;
+    while let Some((start, end)) = digest.next_unhashed(from) {
+        let (pages, _) = memory.0.as_chunks();
+        (start..end).for_each(|page| assert!(digest.hash(page, &pages[page as usize])));
+        from = end;
+    }
+    digest.finish()
 }
 
 fn report(name: &str, bytes: usize, mut work: impl FnMut()) {

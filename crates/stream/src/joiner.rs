@@ -1,9 +1,9 @@
 //! A full stream again, from a device file and a memory image: for export, and for a restore where memory cannot be
 //! mapped.
 //!
-//! The device file is read and written through; behind the start of memory a part is put in that has all of the
-//! image's pages. Zero pages are sent too: a record of nine bytes each says that the target's page is to be zero, whatever
-//! its firmware put there.
+//! The device file is read and written through; behind the start of memory a part is put in that has the pages that the
+//! source gives: all of them, or those in which a guest's memory differs from what its process has mapped already. Zero
+//! pages are sent too: a record of nine bytes each says that the target's page is to be zero, whatever is there.
 
 use std::io;
 
@@ -12,13 +12,19 @@ use crate::parser::{BlockId, Item, Parser, RamBlock, RawKind};
 use crate::record::{RecordWriter, part_end, part_head};
 use crate::{PAGE_BYTES, Page};
 
-/// How much of the image is read at a time.
+/// How much of the image is read at a time, and about how much is written at a time.
 const CHUNK_BYTES: usize = 256 << 10;
 
 const ZERO_PAGE: Page = [0; PAGE_BYTES];
 
-/// Gives a guest's memory, such as an image file does.
+/// Gives a guest's memory, such as an image file does. Offsets are of whole pages, as are lengths.
 pub trait MemorySource {
+    /// The next range to be sent that does not begin before `from`, as its start and its end; `length` is that of the
+    /// memory. Everything, unless the source knows better.
+    fn next_range(&mut self, from: u64, length: u64) -> Option<(u64, u64)> {
+        (from < length).then_some((from, length))
+    }
+
     /// Fills `bytes` with what lies at `offset`.
     ///
     /// # Errors
@@ -133,19 +139,28 @@ impl<M: MemorySource, W: io::Write> Joiner<M, W> {
         self.memory_sent = true;
         self.output.write_all(&part_head(section_id)).map_err(JoinError::Output)?;
         let mut chunk = vec![0; CHUNK_BYTES];
-        let mut encoded = Vec::with_capacity(CHUNK_BYTES + CHUNK_BYTES / 16);
-        for offset in (0..length).step_by(CHUNK_BYTES) {
-            let left = usize::try_from(length - offset).unwrap_or(usize::MAX);
-            let bytes = &mut chunk[..left.min(CHUNK_BYTES)];
-            self.memory.read_at(offset, bytes).map_err(|source| JoinError::Memory { offset, source })?;
-            self.encode(block, offset, bytes, &mut encoded);
-            self.output.write_all(&encoded).map_err(JoinError::Output)?;
+        let mut encoded = Vec::with_capacity(2 * CHUNK_BYTES + CHUNK_BYTES / 8);
+        let mut next = 0;
+        while let Some((mut offset, end)) = self.memory.next_range(next, length) {
+            while offset < end {
+                let bytes =
+                    &mut chunk[..usize::try_from(end - offset).unwrap_or(usize::MAX).min(CHUNK_BYTES)];
+                self.memory.read_at(offset, bytes).map_err(|source| JoinError::Memory { offset, source })?;
+                self.encode(block, offset, bytes, &mut encoded);
+                offset += bytes.len() as u64;
+                // Ranges may be of a page each: they are gathered.
+                if encoded.len() >= CHUNK_BYTES {
+                    self.output.write_all(&encoded).map_err(JoinError::Output)?;
+                    encoded.clear();
+                }
+            }
+            next = end;
         }
-        self.output.write_all(&part_end(section_id)).map_err(JoinError::Output)
+        encoded.extend_from_slice(&part_end(section_id));
+        self.output.write_all(&encoded).map_err(JoinError::Output)
     }
 
     fn encode(&mut self, block: BlockId, offset: u64, bytes: &[u8], encoded: &mut Vec<u8>) {
-        encoded.clear();
         let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
         for (page, offset) in pages.iter().zip((offset..).step_by(PAGE_BYTES)) {
             if *page == ZERO_PAGE {

@@ -10,6 +10,9 @@
 //!   device file + memory image ──► Joiner ──► a full stream again
 //! ```
 //!
+//! An image need not hold what an earlier one on the same host holds already: the [`Differ`] stands between splitter and
+//! image, lets only pages pass that are new, and notes for each where it is ([`PageIndex`]).
+//!
 //! The format, as far as it matters here: a head (magic, version, configuration), then sections. Memory is the section
 //! named `ram`, sent as one start, any number of parts and an end, each a list of records: a page, a zero page, the
 //! list of blocks, the end of the list. Device sections carry no length, so they can't be skipped without knowing
@@ -27,13 +30,15 @@ mod tail;
 #[cfg(test)]
 mod test_stream;
 
+mod differ;
 mod joiner;
 mod page_index;
 mod splitter;
 
+pub use differ::{Base, BaseFiles, Differ, Digest};
 pub use error::{Fault, StreamError};
 pub use joiner::{JoinError, Joiner, MemorySource};
-pub use page_index::{PageHash, PageHasher, PageIndex, PageIndexBuilder, PageIndexError};
+pub use page_index::{Holder, PageHash, PageHasher, PageIndex, PageIndexBuilder, PageIndexError};
 pub use parser::{BlockId, Item, Parser, RamBlock, RawKind};
 pub use record::RecordWriter;
 pub use splitter::{PageSink, SplitError, SplitOptions, SplitSummary, Splitter};

@@ -1,18 +1,27 @@
-//! A hash for each page of a memory image: what a target already holds need not be sent to it.
+//! For each page of a memory image its hash and which of the image's files holds it.
+//!
+//! An image may be of several files: one full one, and differences that hold what was not in it. A page's *holder* is
+//! the number of the file that has it, 0 for the full one. A page of zeros is in no file; but where the full image, which
+//! is what a restored guest's memory is mapped from, may have something else at its place, that is marked, because the
+//! zeros must then be said.
 //!
 //! Hashes are 128 bits of keyed BLAKE3. Half of BLAKE3's length halves the index (4 MiB for each GiB of memory), and the
 //! key makes up for it: whoever wants two pages with one hash, to have one taken for the other, would have to know
 //! the key, which never reaches a guest. Indexes that are to be compared must have the same key, so there is one for a VM.
 //!
-//! An index lies in memory exactly as in its file: a head (magic, page size, number of pages, key), the hashes, and a
-//! BLAKE3 hash over all of it, so that a damaged index is refused rather than believed.
+//! An index lies in memory exactly as in its file: a head (magic, page size, number of pages, key), the hashes, the
+//! holders, and a check, so that a damaged index is refused rather than believed. Which index it is, is told by its
+//! [identity](PageIndex::identity), BLAKE3 of head and hashes: it says what the memory is, and stays the same when pages
+//! move to other files. The check is BLAKE3 of identity and holders, so that an index is hashed once.
 
 use crate::{PAGE_BYTES, Page};
 
-const MAGIC: &[u8; 8] = b"BERTHPI1";
+const MAGIC: &[u8; 8] = b"BERTHPI2";
 const HASH_BYTES: usize = 16;
 const KEY_BYTES: usize = 32;
 const CHECK_BYTES: usize = 32;
+/// What an index has for a page: a hash and a holder.
+const PAGE_RECORD_BYTES: u64 = HASH_BYTES as u64 + 1;
 /// Magic, be32 page size, four unused bytes, be64 number of pages, key.
 const HEAD_BYTES: usize = 8 + 4 + 4 + 8 + KEY_BYTES;
 
@@ -68,6 +77,37 @@ impl PageHasher {
     }
 }
 
+/// Where a page of an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Holder(u8);
+
+impl Holder {
+    /// The image's full file.
+    pub const FULL: Self = Self(0);
+    /// No file: the page is zero, but the full file may have something else at its place.
+    pub const ZERO: Self = Self(0xfe);
+    /// No file: the page is zero, and in the full file as well.
+    pub const HOLE: Self = Self(0xff);
+    /// How many files an image can have.
+    pub const FILES_MAX: usize = 0xfe;
+
+    /// The file of this number.
+    ///
+    /// # Panics
+    /// When the number is not below [`Self::FILES_MAX`].
+    #[must_use]
+    pub const fn file(number: u8) -> Self {
+        assert!((number as usize) < Self::FILES_MAX, "an image has fewer files");
+        Self(number)
+    }
+
+    /// The number of the file; none for a page of zeros.
+    #[must_use]
+    pub const fn number(self) -> Option<u8> {
+        if (self.0 as usize) < Self::FILES_MAX { Some(self.0) } else { None }
+    }
+}
+
 /// Why bytes are not an index.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PageIndexError {
@@ -100,6 +140,7 @@ pub enum PageIndexError {
 pub struct PageIndex<B = Vec<u8>> {
     bytes: B,
     pages: u64,
+    identity: blake3::Hash,
 }
 
 impl<B: AsRef<[u8]>> std::fmt::Debug for PageIndex<B> {
@@ -125,15 +166,16 @@ impl<B: AsRef<[u8]>> PageIndex<B> {
         }
         let pages = u64::from_be_bytes(all[16..24].try_into().expect("eight bytes"));
         let frame = (HEAD_BYTES + CHECK_BYTES) as u64;
-        let expected = pages.saturating_mul(HASH_BYTES as u64).saturating_add(frame);
+        let expected = pages.saturating_mul(PAGE_RECORD_BYTES).saturating_add(frame);
         if found != expected {
             return Err(PageIndexError::Length { pages, expected, found });
         }
         let (content, check) = all.split_at(all.len() - CHECK_BYTES);
-        if blake3::hash(content).as_bytes() != check {
+        let (identity, expected) = identity_and_check(content, pages);
+        if expected.as_bytes() != check {
             return Err(PageIndexError::Damaged);
         }
-        Ok(Self { bytes, pages })
+        Ok(Self { bytes, pages, identity })
     }
 
     /// The bytes, to be kept in a file.
@@ -161,9 +203,54 @@ impl<B: AsRef<[u8]>> PageIndex<B> {
 
     /// All hashes, in order.
     pub fn iter(&self) -> impl Iterator<Item = PageHash> {
-        let all = self.bytes.as_ref();
-        let (hashes, _) = all[HEAD_BYTES..all.len() - CHECK_BYTES].as_chunks();
+        let (hashes, _) = self.bytes.as_ref()[HEAD_BYTES..self.holders_start()].as_chunks();
         hashes.iter().copied().map(PageHash)
+    }
+
+    /// Where each page is, in order.
+    pub fn holders(&self) -> impl ExactSizeIterator<Item = Holder> {
+        let all = self.bytes.as_ref();
+        all[self.holders_start()..all.len() - CHECK_BYTES].iter().copied().map(Holder)
+    }
+
+    /// Where a page is, by its number; `None` beyond the end.
+    #[must_use]
+    pub fn holder(&self, page: u64) -> Option<Holder> {
+        if page >= self.pages {
+            return None;
+        }
+        let at = self.holders_start() + usize::try_from(page).ok()?;
+        self.bytes.as_ref().get(at).copied().map(Holder)
+    }
+
+    /// How many pages each file holds, by the files' numbers.
+    #[must_use]
+    pub fn pages_of_files(&self) -> [u64; Holder::FILES_MAX] {
+        let mut counts = [0; Holder::FILES_MAX];
+        self.holders().filter_map(Holder::number).for_each(|number| counts[usize::from(number)] += 1);
+        counts
+    }
+
+    /// What tells this memory from every other: BLAKE3 of all but the holders, in hexadecimal.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        self.identity.to_hex().to_string()
+    }
+
+    /// The same memory as it lies in other files: `moved` gives each page's new holder.
+    #[must_use]
+    pub fn with_holders(&self, mut moved: impl FnMut(u64, Holder) -> Holder) -> PageIndex {
+        let start = self.holders_start();
+        let all = self.bytes.as_ref();
+        let mut bytes = all[..all.len() - CHECK_BYTES].to_vec();
+        for (page, holder) in (0..).zip(&mut bytes[start..]) {
+            *holder = moved(page, Holder(*holder)).0;
+        }
+        finished(bytes, self.pages)
+    }
+
+    fn holders_start(&self) -> usize {
+        holders_start(self.pages)
     }
 
     /// A hasher whose hashes can be compared with these.
@@ -174,7 +261,26 @@ impl<B: AsRef<[u8]>> PageIndex<B> {
     }
 }
 
-/// An index in the making; every page is zero until set.
+/// Where the holders begin in an index of so many pages, which is in memory.
+fn holders_start(pages: u64) -> usize {
+    HEAD_BYTES + pages as usize * HASH_BYTES
+}
+
+fn identity_and_check(content: &[u8], pages: u64) -> (blake3::Hash, blake3::Hash) {
+    let (memory, holders) = content.split_at(holders_start(pages));
+    let identity = blake3::hash(memory);
+    let mut check = blake3::Hasher::new();
+    check.update(identity.as_bytes()).update(holders);
+    (identity, check.finalize())
+}
+
+fn finished(mut bytes: Vec<u8>, pages: u64) -> PageIndex {
+    let (identity, check) = identity_and_check(&bytes, pages);
+    bytes.extend_from_slice(check.as_bytes());
+    PageIndex { bytes, pages, identity }
+}
+
+/// An index in the making; every page is a hole until set.
 #[derive(Debug)]
 pub struct PageIndexBuilder {
     bytes: Vec<u8>,
@@ -188,34 +294,66 @@ impl PageIndexBuilder {
     /// When so many pages do not fit in the address space.
     #[must_use]
     pub fn new(pages: u64, hasher: &PageHasher) -> Self {
-        let hashes = usize::try_from(pages).ok().and_then(|pages| pages.checked_mul(HASH_BYTES));
-        let hashes = hashes.expect("an index fits in the address space");
-        let mut bytes = Vec::with_capacity(HEAD_BYTES + hashes + CHECK_BYTES);
+        let records =
+            usize::try_from(pages).ok().and_then(|pages| pages.checked_mul(PAGE_RECORD_BYTES as usize));
+        let records = records.expect("an index fits in the address space");
+        let mut bytes = Vec::with_capacity(HEAD_BYTES + records + CHECK_BYTES);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&(PAGE_BYTES as u32).to_be_bytes());
         bytes.extend_from_slice(&[0; 4]);
         bytes.extend_from_slice(&pages.to_be_bytes());
         bytes.extend_from_slice(&hasher.key);
-        bytes.resize(HEAD_BYTES + hashes, 0);
+        bytes.resize(holders_start(pages), 0);
+        bytes.resize(HEAD_BYTES + records, Holder::HOLE.0);
         Self { bytes, pages }
     }
 
-    /// Sets the hash of a page, by its number.
+    /// Sets hash and holder of a page, by its number.
     ///
     /// # Panics
     /// When there is no such page.
-    pub fn set(&mut self, page: u64, hash: PageHash) {
+    #[inline]
+    pub fn set(&mut self, page: u64, hash: PageHash, holder: Holder) {
         assert!(page < self.pages, "page {page} of {}", self.pages);
         let start = HEAD_BYTES + page as usize * HASH_BYTES;
         self.bytes[start..start + HASH_BYTES].copy_from_slice(&hash.0);
+        self.bytes[holders_start(self.pages) + page as usize] = holder.0;
+    }
+
+    /// The holder of a page as it was set last.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    #[inline]
+    #[must_use]
+    pub fn holder(&self, page: u64) -> Holder {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        Holder(self.bytes[holders_start(self.pages) + page as usize])
+    }
+
+    /// The hash of a page as it was set last.
+    ///
+    /// # Panics
+    /// When there is no such page.
+    #[inline]
+    #[must_use]
+    pub fn hash(&self, page: u64) -> PageHash {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        let (_, bytes) = self.bytes.split_at(HEAD_BYTES + page as usize * HASH_BYTES);
+        let (hash, _) = bytes.split_first_chunk().expect("a page's hash is there");
+        PageHash(*hash)
+    }
+
+    /// How many pages it has.
+    #[must_use]
+    pub const fn page_count(&self) -> u64 {
+        self.pages
     }
 
     /// The finished index.
     #[must_use]
-    pub fn finish(mut self) -> PageIndex {
-        let check = blake3::hash(&self.bytes);
-        self.bytes.extend_from_slice(check.as_bytes());
-        PageIndex { bytes: self.bytes, pages: self.pages }
+    pub fn finish(self) -> PageIndex {
+        finished(self.bytes, self.pages)
     }
 }
 
@@ -225,21 +363,40 @@ mod tests {
 
     fn index() -> PageIndex {
         let hasher = PageHasher::new([7; 32]);
-        let mut builder = PageIndexBuilder::new(3, &hasher);
-        builder.set(1, hasher.hash_page(&[1; PAGE_BYTES]));
-        builder.set(2, hasher.hash_page(&[0; PAGE_BYTES]));
+        let mut builder = PageIndexBuilder::new(4, &hasher);
+        builder.set(1, hasher.hash_page(&[1; PAGE_BYTES]), Holder::file(3));
+        builder.set(2, hasher.hash_page(&[0; PAGE_BYTES]), Holder::ZERO);
+        builder.set(3, hasher.hash_page(&[2; PAGE_BYTES]), Holder::FULL);
         builder.finish()
     }
 
     #[test]
     fn an_index_comes_back_from_its_bytes() {
         let opened = PageIndex::open(index().as_bytes().to_vec()).expect("whole");
-        let page_one = opened.hasher().hash_page(&[1; PAGE_BYTES]);
-        assert_eq!(opened.iter().collect::<Vec<_>>(), [PageHash::ZERO, page_one, PageHash::ZERO]);
-        assert_eq!((opened.get(1), opened.get(3)), (Some(page_one), None));
+        let [page_one, page_three] = [1, 2].map(|fill| opened.hasher().hash_page(&[fill; PAGE_BYTES]));
+        let hashes = [PageHash::ZERO, page_one, PageHash::ZERO, page_three];
+        assert_eq!(opened.iter().collect::<Vec<_>>(), hashes);
+        assert_eq!((opened.get(1), opened.get(4)), (Some(page_one), None));
+        let holders = [Holder::HOLE, Holder::file(3), Holder::ZERO, Holder::FULL];
+        assert_eq!(opened.holders().collect::<Vec<_>>(), holders);
+        assert_eq!((opened.holder(1), opened.holder(4)), (Some(Holder::file(3)), None));
+        let counts = opened.pages_of_files();
+        assert_eq!((counts[0], counts[3], counts.iter().sum()), (1, 1, 2));
         assert_ne!(page_one, PageHash::ZERO);
         assert_ne!(page_one, PageHasher::new([8; 32]).hash_page(&[1; PAGE_BYTES]));
-        assert_ne!(page_one, opened.hasher().hash_page(&[2; PAGE_BYTES]));
+        assert_ne!(page_one, page_three);
+    }
+
+    #[test]
+    fn pages_that_move_to_another_file_are_the_same_memory() {
+        let index = index();
+        let moved = index.with_holders(|page, holder| if page == 1 { Holder::FULL } else { holder });
+        let opened = PageIndex::open(moved.as_bytes().to_vec()).expect("whole");
+        assert_eq!(opened.holder(1), Some(Holder::FULL));
+        assert_eq!(opened.identity(), index.identity());
+        assert!(opened.iter().eq(index.iter()));
+        let other = PageIndexBuilder::new(4, &index.hasher()).finish();
+        assert_ne!(other.identity(), index.identity());
     }
 
     #[test]

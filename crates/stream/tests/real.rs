@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use berth_stream::{
-    Fault, Item, Joiner, MemorySource, PageHasher, PageIndexBuilder, PageSink, Parser, SplitError,
+    Fault, Holder, Item, Joiner, MemorySource, PageHasher, PageIndexBuilder, PageSink, Parser, SplitError,
     SplitOptions, SplitSummary, Splitter,
 };
 use qemu::{MEMORY_BYTES, Qemu};
@@ -137,7 +137,7 @@ fn an_index_of_a_real_image_finds_what_changed() {
     let index = |memory: &[u8]| {
         let mut builder = PageIndexBuilder::new(MEMORY_BYTES / 4096, &hasher);
         let (pages, _) = memory.as_chunks();
-        (0..).zip(pages).for_each(|(number, page)| builder.set(number, hasher.hash_page(page)));
+        (0..).zip(pages).for_each(|(number, page)| builder.set(number, hasher.hash_page(page), Holder::FULL));
         builder.finish()
     };
     let before = index(&memory);

@@ -7,9 +7,10 @@
 //!
 //! Files are compared and sent in chunks of 64 KiB; chunks that are zero are not sent, so that holes stay holes.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use berth_model::{LayerId, Problem};
@@ -34,6 +35,7 @@ impl FileName {
                 let files = SnapshotFiles::of(dirs, snapshot);
                 match part {
                     SnapshotPart::Memory => files.memory(),
+                    SnapshotPart::Difference { number } => files.memory_file(*number),
                     SnapshotPart::Device => files.device(),
                     SnapshotPart::Index => files.index(),
                     SnapshotPart::Manifest => files.manifest(),
@@ -58,15 +60,28 @@ pub fn unchanging(dirs: &VmDirs, writable_top: &LayerId) -> Result<Vec<FileOffer
             Err(archive::ArchiveError::Missing { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
-        let memory = [SnapshotPart::Memory, SnapshotPart::Device, SnapshotPart::Index];
-        let parts = memory.into_iter().filter(|_| manifest.memory.is_some()).chain([SnapshotPart::Manifest]);
-        names.extend(parts.map(|part| FileName::Snapshot { snapshot: snapshot.clone(), part }));
+        let mut parts = Vec::new();
+        if let Some(memory) = &manifest.memory {
+            parts.push(SnapshotPart::Memory);
+            parts
+                .extend(memory.differences.iter().map(|number| SnapshotPart::Difference { number: *number }));
+            parts.extend([SnapshotPart::Device, SnapshotPart::Index]);
+        }
+        parts.push(SnapshotPart::Manifest);
+        names.extend(parts.into_iter().map(|part| FileName::Snapshot { snapshot: snapshot.clone(), part }));
     }
     let mut offers = Vec::with_capacity(names.len());
+    // Snapshots share files: each is sent once, and keeps its names.
+    let mut seen = HashMap::new();
     for name in names {
         let path = name.path(dirs);
         match std::fs::metadata(&path) {
-            Ok(metadata) => offers.push(FileOffer { name, length_bytes: metadata.len() }),
+            Ok(metadata) => {
+                let number = u32::try_from(offers.len()).unwrap_or(u32::MAX);
+                let first = *seen.entry((metadata.dev(), metadata.ino())).or_insert(number);
+                let link_to = (first != number).then_some(first);
+                offers.push(FileOffer { name, length_bytes: metadata.len(), link_to });
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound && name == FileName::Seed => {}
             Err(error) => return Err(FileError::io(&path, "examined")(error).into()),
         }

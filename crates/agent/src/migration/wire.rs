@@ -10,6 +10,7 @@
 //!    │ Offer {files}   ───── local pools only ──────────────────► │ what of it is there?
 //!    │ ◄──────────────────────────────────────── Have {checksums} │
 //!    │ data, …, file end {checksum} for each that differs ──────► │ verified, brought to the disk, named
+//!    │ (file end alone for one that is another of the offer)      │ linked
 //!    │ Sync ────────────────────────────────────────────────────► │
 //!    │ ◄───────────────────────────────────────────────── Synced │
 //!    │                                                            │
@@ -42,7 +43,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 /// The name in the connection's `Upgrade` header.
 pub const UPGRADE: &str = "berth-migration";
 /// The protocol's version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a file in one frame, aligned to the same: what is compared, hashed and sent as one.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Most bytes of QEMU's stream in one frame. More: what is urgent waits behind it; less: more work for each byte.
@@ -152,8 +153,13 @@ pub enum FileName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SnapshotPart {
-    /// The memory image.
+    /// The full memory image.
     Memory,
+    /// A difference from it.
+    Difference {
+        /// Its number, from 1.
+        number: u8,
+    },
     /// The device state.
     Device,
     /// The page index.
@@ -169,6 +175,9 @@ pub struct FileOffer {
     pub name: FileName,
     /// Its length in bytes.
     pub length_bytes: u64,
+    /// It is the same file as an earlier one of the offer, by another name: which. It is never sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_to: Option<u32>,
 }
 
 /// What the source says.

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! memory.raw     the guest's memory, holes for zeros            } only of a guest that ran or was held
-//! device.bin     everything else that QEMU sent: loadable      }
-//! pages.idx      a hash for each page of memory.raw            }
+//! memory.1.raw … pages that differ from it, see [`super::image`] }
+//! device.bin     everything else that QEMU sent: loadable       }
+//! pages.idx      hash and place of each page of memory          }
 //! snapshot.json  the manifest: what the VM was, its layers, checksums, what it cost
 //! ```
 //!
@@ -13,7 +14,7 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, fchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use berth_api::agent::VmDefinition;
@@ -25,7 +26,7 @@ use crate::durable::{self, FileError};
 use crate::layout::VmDirs;
 
 /// The manifest's format; another one is refused.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// What an unfinished snapshot's name starts with.
 const UNFINISHED_PREFIX: &str = ".new-";
 /// Mode of what is never written again.
@@ -62,8 +63,11 @@ pub struct MemoryManifest {
     pub was_running: bool,
     /// BLAKE3 of `device.bin`, in hexadecimal.
     pub device_blake3: String,
-    /// BLAKE3 of `pages.idx`, in hexadecimal, which has a hash for each page of `memory.raw`.
+    /// The identity of `pages.idx`, in hexadecimal: it has a hash for each page.
     pub index_blake3: String,
+    /// The numbers of the differences that there are beside the full image: none is needed when there are none.
+    #[serde(default)]
+    pub differences: Vec<u8>,
 }
 
 /// A snapshot that can't be used.
@@ -119,14 +123,44 @@ impl SnapshotFiles {
         Self { directory: dirs.snapshots().join(format!("{UNFINISHED_PREFIX}{snapshot}")) }
     }
 
+    /// Those in this directory.
+    #[cfg(test)]
+    pub fn at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
     /// The directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// The memory image.
+    /// The full memory image.
     pub fn memory(&self) -> PathBuf {
-        self.directory.join("memory.raw")
+        self.memory_file(0)
+    }
+
+    /// A file of the memory image: 0 is the full one, the others are differences.
+    pub fn memory_file(&self, number: u8) -> PathBuf {
+        match number {
+            0 => self.directory.join("memory.raw"),
+            number => self.directory.join(format!("memory.{number}.raw")),
+        }
+    }
+
+    /// Gives `new` this snapshot's full image and these differences, which are never written again.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn link_memory(
+        &self,
+        new: &Self,
+        differences: impl IntoIterator<Item = u8>,
+    ) -> Result<(), FileError> {
+        for number in std::iter::once(0).chain(differences) {
+            let to = new.memory_file(number);
+            fs::hard_link(self.memory_file(number), &to).map_err(FileError::io(&to, "linked"))?;
+        }
+        Ok(())
     }
 
     /// The device state.
@@ -246,18 +280,14 @@ impl Draft {
     /// # Errors
     /// When the system refuses: there is no snapshot then.
     pub fn finish(mut self, manifest: &Manifest) -> Result<(), FileError> {
-        let memory = self.files.memory();
-        for path in [memory.clone(), self.files.device(), self.files.index()] {
-            let file = match File::open(&path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(FileError::io(&path, "opened")(error)),
-            };
-            // The guest's QEMU opens the memory itself; everything else stays with the agent.
-            let group = self.reader.filter(|_| path == memory);
-            freeze(&file, group)
-                .and_then(|()| file.sync_all())
-                .map_err(FileError::io(&path, "brought to the disk"))?;
+        if let Some(memory) = &manifest.memory {
+            let files = &self.files;
+            // The guest's QEMU opens the full image itself; everything else stays with the agent.
+            freeze_new(&files.memory(), self.reader)?;
+            let differences = memory.differences.iter().map(|number| files.memory_file(*number));
+            for path in differences.chain([files.device(), files.index()]) {
+                freeze_new(&path, None)?;
+            }
         }
         durable::write_json(&self.files.manifest(), manifest)?;
         durable::sync_parent(&self.files.manifest())?;
@@ -276,6 +306,19 @@ impl Drop for Draft {
             tracing::warn!(%error, "an unfinished snapshot stays behind");
         }
     }
+}
+
+/// Makes a new file read-only and brings it to the disk. One that is linked is another snapshot's too: that has been done.
+fn freeze_new(path: &Path, group: Option<u32>) -> Result<(), FileError> {
+    let finish = || {
+        let file = File::open(path)?;
+        if file.metadata()?.nlink() > 1 {
+            return Ok(());
+        }
+        freeze(&file, group)?;
+        file.sync_all()
+    };
+    finish().map_err(FileError::io(path, "brought to the disk"))
 }
 
 /// Makes a file read-only: for its group, if one is given, and for nobody but root otherwise.

@@ -19,9 +19,11 @@ use berth_model::LayerId;
 use berth_model::operation::Progress;
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::Qmp;
+use berth_stream::Base;
 use tokio::task::JoinHandle;
 
 use super::archive::SnapshotFiles;
+use super::image::MemoryImage;
 use super::layers;
 use super::memory::{CollectError, Collected, collect};
 use super::slowdown::{self, CpuTime};
@@ -85,7 +87,11 @@ impl Capture<'_> {
     ///
     /// # Errors
     /// When QEMU or the disk fails, or somebody cancels.
-    pub async fn run(&self, context: &TaskContext) -> Result<Captured, CaptureFailure> {
+    pub async fn run(
+        &self,
+        context: &TaskContext,
+        base: Option<Base<MemoryImage>>,
+    ) -> Result<Captured, CaptureFailure> {
         let sending = Sending {
             budget: PauseBudget::SNAPSHOT,
             bandwidth_bytes_per_second: None,
@@ -97,7 +103,7 @@ impl Capture<'_> {
         let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
         let (mut outgoing, stream) =
             Outgoing::start(self.qmp, sending).await.map_err(|error| failure(error.into(), switched))?;
-        let collector = self.collector(stream);
+        let collector = self.collector(stream, base);
         let taken = self.take(&mut outgoing, context, &mut switched).await;
         let collected = match &taken {
             Ok(_) => wait_for(collector).await,
@@ -160,9 +166,13 @@ impl Capture<'_> {
         }
     }
 
-    fn collector(&self, stream: std::os::unix::net::UnixStream) -> Collector {
-        let (memory, device, bytes) = (self.files.memory(), self.files.device(), self.memory_bytes);
-        tokio::task::spawn_blocking(move || collect(stream, &memory, &device, bytes))
+    fn collector(
+        &self,
+        stream: std::os::unix::net::UnixStream,
+        base: Option<Base<MemoryImage>>,
+    ) -> Collector {
+        let (files, bytes) = (self.files.clone(), self.memory_bytes);
+        tokio::task::spawn_blocking(move || collect(stream, &files, bytes, base))
     }
 
     /// Whether a collector's error came before QEMU's: a stream that was merely cut is QEMU's doing.

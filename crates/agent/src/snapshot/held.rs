@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use berth_model::{LayerId, Problem, SnapshotId};
 use berth_qmp::commands::{QueryStatus, RunState};
 
-use super::archive::{self, Manifest, SnapshotFiles};
+use super::archive::{self, Manifest, MemoryManifest, SnapshotFiles};
 use crate::durable::{self, FileError};
 use crate::vm::VmRuntime;
 
@@ -43,10 +43,9 @@ pub fn find(vm: &VmRuntime, chain_below_top: &[LayerId]) -> Result<Option<Manife
 }
 
 /// Gives the new snapshot the earlier one's files, which are never written again.
-pub fn link(earlier: &SnapshotFiles, new: &SnapshotFiles) -> Result<(), FileError> {
-    for (from, to) in
-        [(earlier.memory(), new.memory()), (earlier.device(), new.device()), (earlier.index(), new.index())]
-    {
+pub fn link(earlier: &SnapshotFiles, memory: &MemoryManifest, new: &SnapshotFiles) -> Result<(), FileError> {
+    earlier.link_memory(new, memory.differences.iter().copied())?;
+    for (from, to) in [(earlier.device(), new.device()), (earlier.index(), new.index())] {
         fs::hard_link(&from, &to).map_err(FileError::io(&to, "linked"))?;
     }
     Ok(())

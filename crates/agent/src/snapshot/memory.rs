@@ -1,28 +1,30 @@
-//! A guest's memory in a file: each page at its address, holes for zeros.
+//! A guest's memory in a file: each page at its address, holes for zeros and for what an earlier snapshot has.
 //!
-//! The file is what a restored guest's memory is mapped from, so it is as long as the memory, and once finished it is
+//! A full image is what a restored guest's memory is mapped from, so it is as long as the memory, and once finished it is
 //! never written again: a mapping would show the change to pages that its guest has not touched yet.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use berth_stream::{
-    PAGE_BYTES, Page, PageHasher, PageIndexBuilder, PageSink, SplitError, SplitOptions, SplitSummary,
-    Splitter,
+    Base, Differ, Digest, PAGE_BYTES, PageHasher, PageIndex, PageSink, SplitError, SplitOptions,
+    SplitSummary, Splitter,
 };
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::archive::SnapshotFiles;
+use super::image::MemoryImage;
 use crate::room::Room;
 
 /// The memory block that is split off: every VM's main memory has this name.
 pub const MEMORY_BLOCK: &str = "pc.ram";
 /// How much is read from QEMU at once. Larger than its socket's buffer, so that one call empties it.
 const READ_BYTES: usize = 512 << 10;
-/// How much of an image is hashed between two looks at whether it is still wanted.
+/// How much of an image is read at once to be hashed.
 const HASH_BYTES: usize = 1 << 20;
 
 /// Writes pages to a file, as long as there is room for others too.
@@ -76,8 +78,10 @@ fn write_zeros(file: &File, mut offset: u64, length: u64) -> io::Result<()> {
 /// What was collected.
 #[derive(Debug)]
 pub struct Collected {
-    /// The memory image, not yet on the disk.
+    /// The pages that no earlier snapshot has, not yet on the disk.
     pub memory: File,
+    /// What is known of all pages, those in the file not hashed yet.
+    pub digest: Digest,
     /// The device state, not yet on the disk.
     pub device: File,
     /// What went where.
@@ -110,22 +114,28 @@ impl CollectError {
     }
 }
 
-/// Reads a stream to its end and puts memory and device state into new files. Blocks. Returns as soon as the stream is
-/// whole, and closes its end then, even if QEMU would wait for an answer.
+/// Reads a stream to its end and puts memory and device state into new files, the memory as far as the base has it not.
+/// Blocks. Returns as soon as the stream is whole, and closes its end then, even if QEMU would wait for an answer.
 ///
 /// # Errors
 /// When the stream breaks off or the files can't be written; QEMU then sees its stream closed.
 pub fn collect(
     mut stream: UnixStream,
-    memory_path: &Path,
-    device_path: &Path,
+    files: &SnapshotFiles,
     memory_bytes: u64,
+    base: Option<Base<MemoryImage>>,
 ) -> Result<Collected, CollectError> {
-    let memory = create(memory_path).map_err(CollectError::Create)?;
+    let number = base.as_ref().map_or(0, Base::own_number);
+    let memory = create(&files.memory_file(number)).map_err(CollectError::Create)?;
     memory.set_len(memory_bytes).map_err(CollectError::Create)?;
-    let device = create(device_path).map_err(CollectError::Create)?;
+    let device = create(&files.device()).map_err(CollectError::Create)?;
     let options = SplitOptions { memory_block: MEMORY_BLOCK.into(), memory_bytes, sink_is_zero: true };
-    let mut splitter = Splitter::new(options, ImageFile::new(memory), io::BufWriter::new(device));
+    let sink = ImageFile::new(memory);
+    let differ = match base {
+        Some(base) => Differ::against(base, sink),
+        None => Differ::full(sink, memory_bytes, PageHasher::new(key().map_err(CollectError::Create)?)),
+    };
+    let mut splitter = Splitter::new(options, differ, io::BufWriter::new(device));
     let mut buffer = vec![0; READ_BYTES];
     loop {
         let read = match stream.read(&mut buffer) {
@@ -139,9 +149,16 @@ pub fn collect(
             break;
         }
     }
-    let (memory, device, summary) = splitter.finish()?;
+    let (differ, device, summary) = splitter.finish()?;
     let device = device.into_inner().map_err(|error| SplitError::Device(error.into_error()))?;
-    Ok(Collected { memory: memory.file, device, summary })
+    let (memory, digest) = differ.finish();
+    Ok(Collected { memory: memory.file, digest, device, summary })
+}
+
+fn key() -> io::Result<[u8; 32]> {
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).map_err(io::Error::other)?;
+    Ok(key)
 }
 
 fn create(path: &Path) -> io::Result<File> {
@@ -156,33 +173,26 @@ pub fn stored_bytes(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * 512)
 }
 
-/// Hashes each page of an image, holes not read, and writes the index to a new file. Blocks.
+/// Hashes the pages that were stored in an image; what turns out to be zero is taken out. Blocks.
 ///
 /// # Errors
 /// When the system refuses.
-pub fn write_index(memory: &File, path: &Path, key: [u8; 32]) -> io::Result<()> {
-    let length = memory.metadata()?.len();
-    let hasher = PageHasher::new(key);
-    let mut builder = PageIndexBuilder::new(length / PAGE_BYTES as u64, &hasher);
+pub fn hash_stored(memory: &File, mut digest: Digest) -> io::Result<PageIndex> {
     let mut buffer = vec![0; HASH_BYTES];
-    each_extent(memory, length, |start, end| {
-        let mut offset = start - start % PAGE_BYTES as u64;
-        while offset < end {
-            let want = (end - offset).min(HASH_BYTES as u64).next_multiple_of(PAGE_BYTES as u64);
-            let want = usize::try_from(want.min(length - offset)).expect("at most a MiB");
-            memory.read_exact_at(&mut buffer[..want], offset)?;
-            let (pages, _) = buffer[..want].as_chunks::<PAGE_BYTES>();
-            for (number, page) in pages.iter().enumerate() {
-                let page: &Page = page;
-                builder.set(offset / PAGE_BYTES as u64 + number as u64, hasher.hash_page(page));
+    let mut from = 0;
+    while let Some((start, end)) = digest.next_unhashed(from) {
+        let count = (end - start).min((HASH_BYTES / PAGE_BYTES) as u64);
+        let bytes = &mut buffer[..usize::try_from(count).expect("at most a MiB") * PAGE_BYTES];
+        memory.read_exact_at(bytes, start * PAGE_BYTES as u64)?;
+        let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
+        for (page, content) in (start..).zip(pages) {
+            if !digest.hash(page, content) {
+                punch(memory, page * PAGE_BYTES as u64, PAGE_BYTES as u64)?;
             }
-            offset += want as u64;
         }
-        Ok(())
-    })?;
-    let mut file = create(path)?;
-    file.write_all(builder.finish().as_bytes())?;
-    file.sync_all()
+        from = start + count;
+    }
+    Ok(digest.finish())
 }
 
 /// Calls `visit` with start and end of each range of a file that is not a hole, up to `length`.
@@ -219,37 +229,16 @@ pub fn each_extent(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
-    use berth_stream::{PageHash, PageIndex};
-
-    #[test]
-    fn an_index_has_the_pages_and_leaves_out_the_holes() {
-        let directory = tempfile::tempdir().expect("directory");
-        let memory = create(&directory.path().join("memory")).expect("file");
-        memory.set_len(64 << 20).expect("length");
-        memory.write_all_at(&[7; PAGE_BYTES], 5 * PAGE_BYTES as u64).expect("page");
-        memory.write_all_at(&[8; 3 * PAGE_BYTES], (64 << 20) - 3 * PAGE_BYTES as u64).expect("pages");
-        let path = directory.path().join("index");
-        write_index(&memory, &path, [1; 32]).expect("index");
-        let index = PageIndex::open(std::fs::read(&path).expect("read")).expect("whole");
-        let found: Vec<usize> = index
-            .iter()
-            .enumerate()
-            .filter(|(_, hash)| *hash != PageHash::ZERO)
-            .map(|(page, _)| page)
-            .collect();
-        assert_eq!(found, [5, 16381, 16382, 16383]);
-        assert_eq!(index.get(5), Some(index.hasher().hash_page(&[7; PAGE_BYTES])));
-    }
-
     #[test]
     fn a_stream_that_breaks_off_is_an_error_and_not_a_snapshot() {
         let directory = tempfile::tempdir().expect("directory");
         let (mut theirs, ours) = UnixStream::pair().expect("pair");
         theirs.write_all(b"QEVM\0\0\0\x03").expect("head");
         drop(theirs);
-        let result =
-            collect(ours, &directory.path().join("memory"), &directory.path().join("device"), 1 << 20);
+        let result = collect(ours, &SnapshotFiles::at(directory.path()), 1 << 20, None);
         assert!(matches!(result, Err(CollectError::Split(SplitError::Stream(_)))), "{result:?}");
     }
 

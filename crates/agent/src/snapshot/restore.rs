@@ -19,7 +19,6 @@
 //!
 //! A restore that is run again does the same again, on the same new layer, made empty again.
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use berth_api::agent::{TaskOutput, VmDefinition};
@@ -27,6 +26,7 @@ use berth_model::snapshot::RestoreFacts;
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
 use super::archive::{self, Manifest, MemoryManifest, SnapshotFiles};
+use super::image::{self, MemoryImage};
 use super::layers;
 use crate::durable::{FileError, blocking, with_causes};
 use crate::layout::VmRecord;
@@ -36,6 +36,8 @@ use crate::vm::{LaunchPlan, Memory, VmRuntime};
 
 /// How long the old process may take to let go of its network: it is a matter of a millisecond, unless it hangs.
 const UNPLUG_TIMEOUT: Duration = Duration::from_millis(100);
+/// How many pages of a full image are looked at before it is mapped: enough to know that it is not another one.
+const SAMPLED_PAGES: u64 = 16;
 
 impl From<IncomingError> for Problem {
     fn from(error: IncomingError) -> Self {
@@ -65,13 +67,14 @@ pub async fn restore(
     let files = SnapshotFiles::of(vm.dirs()?, snapshot);
     check(vm, &manifest, &files, new_top)?;
     let device = read_device(&manifest, &files).await?;
+    let image = open_memory(&manifest, &files).await?;
     let old_record = vm.vm_record().ok().cloned();
     let old_process = vm.process().cloned();
     if let Some(process) = &old_process {
         unplug(vm).await;
         process.kill();
     }
-    if let Err(problem) = put_back(vm, definition, &manifest, device, new_top).await {
+    if let Err(problem) = put_back(vm, definition, &manifest, (device, image), new_top).await {
         return Err(go_back(vm, problem, old_record, new_top).await);
     }
     let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -89,13 +92,13 @@ async fn put_back(
     vm: &mut VmRuntime,
     definition: &VmDefinition,
     manifest: &Manifest,
-    device: Vec<u8>,
+    (device, image): (Vec<u8>, Option<MemoryImage>),
     new_top: &LayerId,
 ) -> Result<(), Problem> {
     put_disk_back(vm, definition, manifest, new_top).await?;
-    match &manifest.memory {
-        Some(memory) => start(vm, &manifest.snapshot, memory, device).await,
-        None => vm.end_process().await.map(drop),
+    match (&manifest.memory, image) {
+        (Some(memory), Some(image)) => start(vm, memory, device, image).await,
+        _ => vm.end_process().await.map(drop),
     }
 }
 
@@ -173,6 +176,18 @@ async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u
     .await
 }
 
+/// The memory, as far as it can be seen to be unharmed without reading all of it.
+async fn open_memory(manifest: &Manifest, files: &SnapshotFiles) -> Result<Option<MemoryImage>, Problem> {
+    let Some(memory) = manifest.memory.clone() else { return Ok(None) };
+    let (files, snapshot) = (files.clone(), manifest.snapshot.clone());
+    blocking(move || {
+        let image = MemoryImage::open(&files, &snapshot, &memory)?;
+        image.sample(SAMPLED_PAGES)?;
+        Ok(Some(image))
+    })
+    .await
+}
+
 /// Takes the old process off the network, so that its taps and ports are free for the new one before its memory has been
 /// taken apart. One that does not obey is killed all the same, and the new one waits for it.
 async fn unplug(vm: &VmRuntime) {
@@ -208,24 +223,20 @@ async fn put_disk_back(
 /// A new process with the snapshot's memory, loaded and, if it ran then, running.
 async fn start(
     vm: &mut VmRuntime,
-    snapshot: &SnapshotId,
     memory: &MemoryManifest,
     device: Vec<u8>,
+    image: MemoryImage,
 ) -> Result<(), Problem> {
-    let image = SnapshotFiles::of(vm.dirs()?, snapshot).memory();
+    let mapped = image.paths().memory();
     let plan =
-        LaunchPlan { chain: vm.chain()?.to_vec(), memory: Memory::Image(image.clone()), incoming: true };
-    let openable = archive::Openable::open(image, vm.user_id()?)?;
+        LaunchPlan { chain: vm.chain()?.to_vec(), memory: Memory::Image(mapped.clone()), incoming: true };
+    let openable = archive::Openable::open(mapped, vm.user_id()?)?;
     let launched = vm.launch(&plan).await?;
     drop(openable);
     let qmp = launched.qmp.clone();
     vm.install(launched).await?;
-    let (mut incoming, mut stream) = Incoming::start(&qmp, false).await?;
-    let fed = blocking(move || {
-        // QEMU may refuse the stream before it has read all of it: what it says is the error to tell.
-        let _ = stream.write_all(&device);
-        Ok(())
-    });
+    let (mut incoming, stream) = Incoming::start(&qmp, false).await?;
+    let fed = blocking(move || Ok(image::feed(stream, &device, image)?));
     let (fed, loaded) = tokio::join!(fed, incoming.until_loaded());
     fed?;
     loaded?;

@@ -12,7 +12,7 @@ use berth_model::vm::VmStatus;
 use crate::output::{Table, instant, word};
 use crate::units;
 
-const HEADERS: &[&str] = &["NAME", "KIND", "TAKEN", "PAUSED", "SIZE", "HELD", "NOTE"];
+const HEADERS: &[&str] = &["NAME", "KIND", "TAKEN", "PAUSED", "OWN", "SHARED", "HELD", "NOTE"];
 
 /// The tree as a table, for people.
 pub fn table(snapshots: &[Snapshot], status: &VmStatus) -> Table {
@@ -85,7 +85,12 @@ impl<'a> Drawing<'a> {
             (false, false) => "",
         };
         let taken = instant(snapshot.created_at);
-        vec![name, word(&snapshot.kind), taken, paused, units::bytes(stored), held.to_owned(), note]
+        let shared = match facts.memory_shared_bytes {
+            0 => String::new(),
+            bytes => units::bytes(bytes),
+        };
+        let own = units::bytes(stored);
+        vec![name, word(&snapshot.kind), taken, paused, own, shared, held.to_owned(), note]
     }
 
     fn parent_of(&self, snapshot: &'a Snapshot) -> Option<&'a SnapshotId> {
@@ -156,6 +161,8 @@ mod tests {
     fn the_tree_shows_branches_and_where_the_vm_is() {
         let mut close = snapshot(2, "before-close", SnapshotKind::Manual, Some(1));
         close.note = "month end".into();
+        close.facts.memory_stored_bytes = 12 << 20;
+        close.facts.memory_shared_bytes = 410 << 20;
         let snapshots = [
             snapshot(1, "baseline", SnapshotKind::Baseline, None),
             close,
@@ -163,10 +170,10 @@ mod tests {
             snapshot(4, "later", SnapshotKind::Manual, Some(1)),
         ];
         let expected = "\
-NAME                KIND      TAKEN                 PAUSED   SIZE     HELD      NOTE
-baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB  baseline
-├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  410 MiB            month end
-│  ├─ undo-1        undo      2026-11-22 13:05:55Z  12.3 ms  410 MiB            until 2026-11-23 13:05:52Z
+NAME                KIND      TAKEN                 PAUSED   OWN      SHARED   HELD      NOTE
+baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           baseline
+├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  12.0 MiB 410 MiB            month end
+│  ├─ undo-1        undo      2026-11-22 13:05:55Z  12.3 ms  410 MiB                     until 2026-11-23 13:05:52Z
 │  └─ NOW           running
 └─ later            manual    2026-11-22 13:05:56Z  12.3 ms  410 MiB";
         // The first column is as wide as its widest cell; the drawing is what counts here.

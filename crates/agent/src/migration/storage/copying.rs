@@ -9,7 +9,7 @@ use berth_model::migration::MigrationPhase;
 use berth_model::operation::Progress;
 
 use super::sending::{Pace, send_file};
-use super::{checksum, unchanging};
+use super::{Checksum, checksum, unchanging};
 use crate::durable::{FileError, blocking};
 use crate::migration::link::Link;
 use crate::migration::source::{Order, SLOW_ANSWER_TIMEOUT, answer, top_of};
@@ -70,6 +70,7 @@ async fn send_missing(
     for (number, (offer, theirs)) in (0_u32..).zip(offers.iter().zip(checksums)) {
         let path = offer.name.path(&dirs);
         let same = match theirs {
+            Some(_) if offer.link_to.is_some() => true,
             Some(theirs) => {
                 let path = path.clone();
                 blocking(move || Ok(checksum(&path)?)).await? == theirs
@@ -80,10 +81,17 @@ async fn send_missing(
             missing.push((number, path));
         }
     }
-    let total_bytes = stored_bytes(missing.iter().map(|(_, path)| path.clone()).collect()).await?;
+    let is_link = |number: u32| offers[number as usize].link_to.is_some();
+    let sent = missing.iter().filter(|(number, _)| !is_link(*number));
+    let total_bytes = stored_bytes(sent.map(|(_, path)| path.clone()).collect()).await?;
     let mut pace = Pace::new(order.bandwidth_bytes_per_second);
     let mut counter = StorageProgress::new(context, total_bytes);
     for (number, path) in missing {
+        if is_link(number) {
+            let nothing = Checksum::default().finish(offers[number as usize].length_bytes);
+            link.sender.file_end(number, &nothing).await?;
+            continue;
+        }
         let sent =
             send_file(&link.sender, number, &path, &mut pace, context.cancel(), |bytes| counter.add(bytes));
         let checksum = sent.await?;

@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use berth_model::{Problem, ProblemCode};
@@ -169,8 +169,13 @@ impl Disk {
         if files.len() > FILES_MAX || files.iter().any(|file| file.length_bytes > LENGTH_MAX) {
             return Err(nonsense("an offer of too many or too long files"));
         }
-        let have = files.iter().map(|offer| {
+        let have = (0..).zip(&files).map(|(number, offer)| {
             let path = offer.name.path(&self.dirs);
+            if let Some(first) = offer.link_to {
+                let first = files.get(first as usize).filter(|one| first < number && one.link_to.is_none());
+                let first = first.ok_or_else(|| nonsense("a link to a file that was not offered before"))?;
+                return Ok(is_same_file(&path, &first.name.path(&self.dirs)).then(String::new));
+            }
             match fs::metadata(&path) {
                 Ok(there) if there.len() == offer.length_bytes => Ok(Some(checksum(&path)?)),
                 Ok(_) => Ok(None),
@@ -216,6 +221,9 @@ impl Disk {
 
     fn done(&mut self, number: u32, expected: &str) -> Result<(), Problem> {
         let offer = self.offered(number)?.clone();
+        if let Some(first) = offer.link_to {
+            return self.link(&offer, first);
+        }
         // A file of zeros has no data.
         self.arriving(number)?;
         let Some(arriving) = self.open.take() else { return Err(nonsense("the end of no file")) };
@@ -232,6 +240,19 @@ impl Disk {
         };
         finish().map_err(FileError::io(&path, "written"))?;
         files::give_group(&path, self.group.filter(|_| is_for_qemu(&offer.name)))?;
+        Ok(durable::sync_parent(&path)?)
+    }
+
+    /// Gives a file that is there another name.
+    fn link(&self, offer: &FileOffer, first: u32) -> Result<(), Problem> {
+        let first = self.offered(first)?.name.path(&self.dirs);
+        let (path, unfinished) = (offer.name.path(&self.dirs), self.make_place(offer)?);
+        durable::remove_file(&unfinished)?;
+        let finish = || {
+            fs::hard_link(&first, &unfinished)?;
+            fs::rename(&unfinished, &path)
+        };
+        finish().map_err(FileError::io(&path, "linked"))?;
         Ok(durable::sync_parent(&path)?)
     }
 
@@ -293,6 +314,12 @@ impl Disk {
 fn write(room: &mut Room, file: &File, path: &Path, offset: u64, bytes: &[u8]) -> Result<(), Problem> {
     let written = room.take(file, bytes.len() as u64).and_then(|()| file.write_all_at(bytes, offset));
     Ok(written.map_err(FileError::io(path, "written"))?)
+}
+
+/// Whether two names are of one file.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    id(one).is_some_and(|one| Some(one) == id(other))
 }
 
 /// Whether the VM's QEMU opens the file itself.
