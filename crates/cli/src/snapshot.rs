@@ -1,5 +1,6 @@
 //! `berth snapshot`: VMs at one instant, and back to it.
 
+mod clone;
 mod tree;
 
 use berth_api::endpoint::Nothing;
@@ -10,7 +11,7 @@ use berth_api::manager::{
 use berth_model::SnapshotId;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
-use berth_model::snapshot::{RestoreFacts, Snapshot, SnapshotExtent, SnapshotFacts};
+use berth_model::snapshot::{CloneFacts, RestoreFacts, Snapshot, SnapshotExtent, SnapshotFacts};
 use clap::{Args, Subcommand};
 
 use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
@@ -37,7 +38,8 @@ pub enum Verb {
     },
     /// Show a snapshot
     Show(Which),
-    /// Put a VM back to a snapshot, running as it was then; an undo snapshot is taken first
+    /// Put a VM back to a snapshot, running as it was then; an undo snapshot is taken first. With --clone: make a new VM
+    /// of it instead
     Restore(RestoreArguments),
     /// Delete a snapshot; the others stay
     Delete {
@@ -103,6 +105,8 @@ pub struct RestoreArguments {
     #[arg(long)]
     no_undo: bool,
     #[command(flatten)]
+    clone: clone::CloneArguments,
+    #[command(flatten)]
     change: ChangeArguments,
 }
 
@@ -154,7 +158,10 @@ async fn name_of(session: &Session, vm: &VmRef, id: &SnapshotId) -> String {
 }
 
 async fn restore(session: &Session, arguments: RestoreArguments) -> Result<(), Failure> {
-    let RestoreArguments { vm, snapshot, no_undo, change } = arguments;
+    let RestoreArguments { vm, snapshot, no_undo, clone, change } = arguments;
+    if clone.is_wanted() {
+        return clone::run(session, vm, snapshot, clone, change).await;
+    }
     // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
     let wish = RestoreVm { snapshot: snapshot.filter(|name| name != BASELINE), no_undo };
     let reply = session.send::<VmRestore>(&vm.path(), &change_query(change), &wish).await?;
@@ -240,6 +247,18 @@ pub fn facts_in_words(facts: &SnapshotFacts) -> String {
         (false, false) => "disk only".to_owned(),
     };
     format!("{cost}, {stored} on disk, in {total}")
+}
+
+/// What a clone cost, in words: `running 93 ms after the command, shares 412 MiB`.
+pub fn clone_in_words(facts: &CloneFacts) -> String {
+    let files = match facts.copied_bytes {
+        0 => format!("shares {}", units::bytes(facts.shared_bytes)),
+        copied => format!("{} copied", units::bytes(copied)),
+    };
+    match facts.running_us {
+        0 => files,
+        micros => format!("running {} after the command, {files}", units::micros(micros)),
+    }
 }
 
 /// What a restore cost, in words: `running 93 ms after the command`.

@@ -175,7 +175,10 @@ impl Metrics {
             Some(OperationResult::Restore { facts, .. }) => {
                 self.restores.observe(seconds_of_micros(facts.running_us));
             }
-            Some(OperationResult::Snapshot { .. } | OperationResult::Done) | None => {}
+            Some(
+                OperationResult::Snapshot { .. } | OperationResult::Clone { .. } | OperationResult::Done,
+            )
+            | None => {}
         }
     }
 

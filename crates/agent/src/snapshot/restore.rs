@@ -27,7 +27,8 @@ use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
 use super::archive::{self, Manifest, MemoryManifest, SnapshotFiles};
 use super::image::{self, MemoryImage};
-use super::layers;
+use super::lending::Openable;
+use super::{identity, layers};
 use crate::durable::{FileError, blocking, with_causes};
 use crate::layout::VmRecord;
 use crate::migration::incoming::{Incoming, IncomingError};
@@ -96,6 +97,8 @@ async fn put_back(
     new_top: &LayerId,
 ) -> Result<(), Problem> {
     put_disk_back(vm, definition, manifest, new_top).await?;
+    let borrowed = manifest.borrowed_nics.clone();
+    vm.change_host_record(|record| record.borrowed_nics = borrowed).await?;
     match (&manifest.memory, image) {
         (Some(memory), Some(image)) => start(vm, memory, device, image).await,
         _ => vm.end_process().await.map(drop),
@@ -129,7 +132,7 @@ async fn go_back(
 }
 
 /// Finds out what can be found out before anything is done.
-fn check(
+pub(super) fn check(
     vm: &VmRuntime,
     manifest: &Manifest,
     files: &SnapshotFiles,
@@ -161,7 +164,7 @@ fn check(
 }
 
 /// The device state, found unharmed; nothing when the snapshot is of a disk alone.
-async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
+pub(super) async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
     let Some(memory) = &manifest.memory else { return Ok(Vec::new()) };
     let (path, snapshot, expected) =
         (files.device(), manifest.snapshot.clone(), memory.device_blake3.clone());
@@ -221,7 +224,7 @@ async fn put_disk_back(
 }
 
 /// A new process with the snapshot's memory, loaded and, if it ran then, running.
-async fn start(
+pub(super) async fn start(
     vm: &mut VmRuntime,
     memory: &MemoryManifest,
     device: Vec<u8>,
@@ -230,7 +233,7 @@ async fn start(
     let mapped = image.paths().memory();
     let plan =
         LaunchPlan { chain: vm.chain()?.to_vec(), memory: Memory::Image(mapped.clone()), incoming: true };
-    let openable = archive::Openable::open(mapped, vm.user_id()?)?;
+    let openable = Openable::open(mapped, vm.user_id()?).await?;
     let launched = vm.launch(&plan).await?;
     drop(openable);
     let qmp = launched.qmp.clone();
@@ -240,6 +243,7 @@ async fn start(
     let (fed, loaded) = tokio::join!(fed, incoming.until_loaded());
     fed?;
     loaded?;
+    identity::isolate(vm).await?;
     if memory.was_running {
         incoming.run().await?;
     } else {

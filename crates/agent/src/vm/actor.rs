@@ -288,6 +288,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
         TaskSpec::RestoreSnapshot { definition, snapshot, new_top } => {
             snapshot::restore(vm, task, definition, snapshot, new_top).await
         }
+        TaskSpec::CloneVm { .. } => snapshot::clone::clone_vm(vm, task).await,
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::delete(vm, task, snapshot).await,
         TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {
             migration::admit(vm, task, migration, definition, source, *shared_pool).await

@@ -76,7 +76,7 @@ pub(super) async fn prepare(
 }
 
 /// Starts a process for a VM that has none, and lets the guest run.
-pub(super) async fn start(
+pub(crate) async fn start(
     vm: &mut VmRuntime,
     task: &TaskContext,
     definition: &VmDefinition,
@@ -93,6 +93,8 @@ pub(super) async fn start(
     if vm.process().is_none() {
         refresh(vm, definition).await?;
         task.phase("starting");
+        // The guest begins anew, and learns from the seed who it is.
+        vm.change_host_record(|record| record.borrowed_nics = None).await?;
         let plan = LaunchPlan::cold(vm.chain()?.to_vec());
         let launched = vm.launch(&plan).await?;
         vm.install(launched).await?;
@@ -157,7 +159,7 @@ pub(super) async fn resume(vm: &mut VmRuntime) -> Result<TaskOutput, Problem> {
 }
 
 /// Removes what this host has of the VM, and what its pool has unless that is kept.
-pub(super) async fn delete(vm: &mut VmRuntime, pool: &Name, keep_files: bool) -> Result<TaskOutput, Problem> {
+pub(crate) async fn delete(vm: &mut VmRuntime, pool: &Name, keep_files: bool) -> Result<TaskOutput, Problem> {
     vm.end_process().await?;
     if !keep_files {
         let directory = vm.services().layout.pool(pool)?.vm(vm.id());
@@ -277,7 +279,7 @@ async fn refresh(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Pr
     Ok(())
 }
 
-fn check_identity(vm: &VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
+pub(crate) fn check_identity(vm: &VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
     if definition.id == *vm.id() {
         return Ok(());
     }

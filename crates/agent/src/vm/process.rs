@@ -83,7 +83,8 @@ pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Laun
         // Its ports are free only when it is gone. A tap is waited for by itself.
         let _ = tokio::time::timeout(END_TIMEOUT, before.exited()).await;
     }
-    let lease = network::lease(&services, vm.definition()?, &vm.host_record()?.forwards).await?;
+    let known = crate::snapshot::identity::as_the_guest_knows(vm)?;
+    let lease = network::lease(&services, &known, &vm.host_record()?.forwards).await?;
     let forwards = lease.forwards.clone();
     vm.change_host_record(|record| record.forwards = forwards).await?;
     let dirs = vm.dirs()?.clone();

@@ -18,7 +18,7 @@ use crate::quota::{self, Added};
 use crate::records::{RecordsError, Row, Transaction, UniqueName};
 
 /// The name of a VM's first baseline.
-const BASELINE_NAME: &str = "baseline";
+pub(super) const BASELINE_NAME: &str = "baseline";
 
 /// `snapshot.create`: afterwards the snapshot is whole and recorded, or there is none; the VM goes on as it was.
 pub enum CreateSnapshot {}

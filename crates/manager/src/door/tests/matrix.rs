@@ -89,6 +89,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "VmUpdate" | "VmDelete" | "VmStart" | "VmShutdown" | "VmStop" | "VmRestart" | "VmPause"
         | "VmResume" | "VmMigrate" | "SnapshotCreate" => (Segment, "?dry_run=true", ""),
         "SnapshotDelete" => (Segment, "?dry_run=true", ""),
+        "SnapshotClone" => (Segment, "?dry_run=true", r#"{"name":"new"}"#),
         "VmRestore" => (Segment, "?dry_run=true", r#"{"snapshot":"first"}"#),
         new => panic!("the route {new} is new: say here what it is about"),
     }
@@ -265,6 +266,9 @@ impl Tally {
         let mut needed = vec![action, Action::ImageView];
         if endpoint.name == "GrantCreate" {
             needed.extend(BUILT_IN_ROLES[0].actions());
+        }
+        if endpoint.name == "SnapshotClone" {
+            needed.push(Action::VmCreate);
         }
         let wanted = [
             // A VM names its image, which is authorised by itself; a grant gives what its role has.
