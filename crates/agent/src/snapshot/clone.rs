@@ -32,12 +32,13 @@ use std::time::Instant;
 
 use berth_api::agent::{TaskOutput, TaskSpec, VmDefinition};
 use berth_model::snapshot::CloneFacts;
+use berth_model::vm::VmState;
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId, VmId};
 use berth_qmp::commands::{QueryStatus, RunState};
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
-use super::archive::{self, Draft, Manifest, MemoryManifest, SnapshotFiles};
+use super::archive::{self, Draft, Manifest, SnapshotFiles};
 use super::overlay::{self, Below};
 use super::{layers, restore};
 use crate::disk::FROZEN_MODE;
@@ -81,13 +82,12 @@ pub async fn clone_vm(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutp
     };
     lifecycle::check_identity(vm, definition)?;
     task.phase("cloning");
-    if let Err(problem) = bring_up(vm, task, &wish).await {
-        return Err(remove(vm, &wish, problem).await);
-    }
-    let running_us = match vm.status().runs() {
-        true => u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
-        false => 0,
+    let runs = match bring_up(vm, task, &wish).await {
+        Ok(runs) => runs,
+        Err(problem) => return Err(remove(vm, &wish, problem).await),
     };
+    let after_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let (state, running_us) = if runs { (VmState::Running, after_us) } else { (VmState::Paused, 0) };
     // The guest runs: now there is time for the disk.
     if let Some(top) = vm.chain()?.last() {
         layers::sync(&vm.dirs()?.layer(top)).await?;
@@ -95,51 +95,39 @@ pub async fn clone_vm(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutp
     let stored = stored_bytes(vm, &wish).await?;
     let (shared_bytes, copied_bytes) = if wish.share { (stored, 0) } else { (0, stored) };
     let facts = CloneFacts { running_us, shared_bytes, copied_bytes };
-    Ok(TaskOutput::Cloned { facts, state: vm.status().state() })
+    Ok(TaskOutput::Cloned { facts, state })
 }
 
-async fn bring_up(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result<(), Problem> {
+/// Whether its guest runs then, or is held.
+async fn bring_up(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result<bool, Problem> {
     vm.make_home(&wish.definition.spec.pool).await?;
-    if is_up(vm, wish).await? {
-        return Ok(());
+    if let Some(runs) = is_up(vm, wish).await? {
+        return Ok(runs);
     }
     vm.end_process().await?;
     if vm.vm_record().is_err() {
         make(vm, task, wish).await?;
     }
-    let manifest = match wish.first_snapshot {
-        Some(first) => Some(archive::read(vm.dirs()?, first)?),
+    let definition = vm.definition()?.clone();
+    let kept = match wish.first_snapshot {
+        Some(first) => archive::read(vm.dirs()?, first)?.memory.map(|memory| (first, memory.was_running)),
         None => None,
     };
-    match manifest.and_then(|manifest| Some((manifest.memory.clone()?, manifest))) {
-        Some((memory, manifest)) => go_on(vm, wish, &manifest, memory).await,
-        None => lifecycle::start(vm, task, &vm.definition()?.clone()).await.map(drop),
-    }
+    let Some((first, was_running)) = kept else {
+        return lifecycle::start(vm, task, &definition).await.map(|_| true);
+    };
+    // To go on where the snapshot stands is to be put back to it. The top is made anew: what a process wrote to it that
+    // never came to run its guest is not part of the disk.
+    restore(vm, task, &definition, first, &definition.first_layer, wish.paused).await?;
+    Ok(was_running && !wish.paused)
 }
 
-/// Whether an earlier try of the same task has come to its end.
-async fn is_up(vm: &VmRuntime, wish: &Wish<'_>) -> Result<bool, Problem> {
-    let Ok(qmp) = vm.qmp() else { return Ok(false) };
+/// Whether an earlier try of the same task has come to its end, and the guest runs then, or is held.
+async fn is_up(vm: &VmRuntime, wish: &Wish<'_>) -> Result<Option<bool>, Problem> {
+    let Ok(qmp) = vm.qmp() else { return Ok(None) };
     let status = qmp.call(QueryStatus {}).await.map_err(layers::refused)?;
-    Ok(status.running || (wish.paused && status.status == RunState::Paused))
-}
-
-/// The guest goes on where the snapshot left it.
-async fn go_on(
-    vm: &mut VmRuntime,
-    wish: &Wish<'_>,
-    manifest: &Manifest,
-    memory: MemoryManifest,
-) -> Result<(), Problem> {
-    let dirs = vm.dirs()?.clone();
-    let top = &wish.definition.first_layer;
-    // What a process wrote that never came to run its guest is not part of the disk.
-    make_top(vm.user_id()?, &dirs, vm.definition()?, &manifest.layers, top).await?;
-    let files = SnapshotFiles::of(&dirs, &manifest.snapshot);
-    restore::check(vm, manifest, &files, top)?;
-    let device = restore::read_device(manifest, &files).await?;
-    let memory = MemoryManifest { was_running: memory.was_running && !wish.paused, ..memory };
-    restore::start(vm, manifest, &memory, device).await
+    let is_held = wish.paused && status.status == RunState::Paused;
+    Ok((status.running || is_held).then_some(status.running))
 }
 
 /// The clone's files. The record comes last: without it, this is done again.
@@ -147,28 +135,43 @@ async fn make(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result
     let services = Arc::clone(vm.services());
     let dirs = vm.dirs()?.clone();
     let origin = services.layout.vm(wish.origin, &wish.definition.spec.pool)?;
-    let manifest = archive::read(&origin, wish.snapshot)?;
+    let reader = services.user_id(wish.definition.number);
+    files::make_directories(&services, &dirs, wish.definition).await?;
+    let mut manifest = archive::read(&origin, wish.snapshot)?;
     let definition = machine(&manifest, wish.definition)?;
-    let reader = services.user_id(definition.number);
     image::check_present(&dirs.pool, &definition.image).await?;
-    files::make_directories(&services, &dirs, &definition).await?;
     let taking = Taking { origin, dirs: dirs.clone(), share: wish.share, task: task.clone() };
-    let (old, first) = (manifest.clone(), wish.first_snapshot.cloned());
-    let own = first.map(|snapshot| first_manifest(&manifest, &definition, snapshot));
-    blocking(move || {
-        taking.layers(&old.layers)?;
-        match own {
-            Some(own) => taking.snapshot(&old.snapshot, &own, reader),
-            None => Ok(()),
+    while let Err(problem) = take(&taking, &manifest, &definition, wish.first_snapshot, reader).await {
+        // The origin's layers may have been merged in the middle: then the snapshot lies on others now.
+        let now = archive::read(&taking.origin, wish.snapshot)?;
+        if now.layers == manifest.layers {
+            return Err(problem);
         }
-    })
-    .await?;
+        manifest = now;
+    }
     let top = &definition.first_layer;
     make_top(reader, &dirs, &definition, &manifest.layers, top).await?;
     files::write_seed(&services, &dirs, &definition).await?;
     let mut chain = manifest.layers;
     chain.push(top.clone());
     vm.set_vm_record(VmRecord { definition, chain }).await
+}
+
+/// What is frozen.
+async fn take(
+    taking: &Taking,
+    manifest: &Manifest,
+    definition: &VmDefinition,
+    first: Option<&SnapshotId>,
+    reader: Option<u32>,
+) -> Result<(), Problem> {
+    let (taking, manifest) = (taking.clone(), manifest.clone());
+    let own = first.map(|snapshot| first_manifest(&manifest, definition, snapshot.clone()));
+    blocking(move || {
+        taking.layers(&manifest.layers)?;
+        own.map_or(Ok(()), |own| taking.snapshot(&manifest.snapshot, &own, reader))
+    })
+    .await
 }
 
 /// The machine is the one that the snapshot is of, who it is is the clone.
@@ -215,6 +218,7 @@ async fn make_top(
 }
 
 /// Takes what is frozen over from the origin. Blocks.
+#[derive(Clone)]
 struct Taking {
     origin: VmDirs,
     dirs: VmDirs,
@@ -232,7 +236,7 @@ impl Taking {
                     format!("layer {layer} of {} is not frozen yet: try again", self.origin.disk.display());
                 return Err(Problem::new(ProblemCode::Busy, message));
             }
-            self.take(&from, &to, Some(FROZEN_MODE))?;
+            self.take(&from, &to)?;
         }
         Ok(layers.last().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
     }
@@ -245,13 +249,13 @@ impl Taking {
             let name = entry.map_err(FileError::io(directory, "read"))?.file_name();
             let path = directory.join(&name);
             if path != source.manifest() {
-                self.take(&path, &draft.files().directory().join(&name), None)?;
+                self.take(&path, &draft.files().directory().join(&name))?;
             }
         }
         Ok(draft.finish(own)?)
     }
 
-    fn take(&self, from: &Path, to: &Path, mode: Option<u32>) -> Result<(), Problem> {
+    fn take(&self, from: &Path, to: &Path) -> Result<(), Problem> {
         self.task.check_cancelled()?;
         // What an earlier try left.
         durable::remove_file(to)?;
@@ -259,12 +263,10 @@ impl Taking {
             return Ok(fs::hard_link(from, to).map_err(FileError::io(to, "linked"))?);
         }
         let file = copy(from, to, &self.task).map_err(FileError::io(to, "copied"))?;
-        if let Some(mode) = mode {
-            let mode = fs::Permissions::from_mode(mode);
-            file.set_permissions(mode)
-                .and_then(|()| file.sync_all())
-                .map_err(FileError::io(to, "brought to the disk"))?;
-        }
+        let mode = fs::metadata(from).map_err(FileError::io(from, "examined"))?.permissions().mode();
+        file.set_permissions(fs::Permissions::from_mode(mode & FROZEN_MODE))
+            .and_then(|()| file.sync_all())
+            .map_err(FileError::io(to, "brought to the disk"))?;
         Ok(())
     }
 }

@@ -50,7 +50,7 @@ impl From<IncomingError> for Problem {
     }
 }
 
-/// Puts the VM back to a snapshot.
+/// Puts the VM back to a snapshot. `paused`: its guest is held there, though it ran then.
 ///
 /// # Errors
 /// When the snapshot is not here or not whole: the VM is then as it was. When QEMU can't load it: the VM is then
@@ -61,10 +61,14 @@ pub async fn restore(
     definition: &VmDefinition,
     snapshot: &SnapshotId,
     new_top: &LayerId,
+    paused: bool,
 ) -> Result<TaskOutput, Problem> {
     let started = Instant::now();
     context.phase("restoring");
-    let manifest = archive::read(vm.dirs()?, snapshot)?;
+    let mut manifest = archive::read(vm.dirs()?, snapshot)?;
+    if let Some(memory) = &mut manifest.memory {
+        memory.was_running &= !paused;
+    }
     let files = SnapshotFiles::of(vm.dirs()?, snapshot);
     check(vm, &manifest, &files, new_top)?;
     let device = read_device(&manifest, &files).await?;
@@ -132,7 +136,7 @@ async fn go_back(
 }
 
 /// Finds out what can be found out before anything is done.
-pub(super) fn check(
+fn check(
     vm: &VmRuntime,
     manifest: &Manifest,
     files: &SnapshotFiles,
@@ -164,7 +168,7 @@ pub(super) fn check(
 }
 
 /// The device state, found unharmed; nothing when the snapshot is of a disk alone.
-pub(super) async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
+async fn read_device(manifest: &Manifest, files: &SnapshotFiles) -> Result<Vec<u8>, Problem> {
     let Some(memory) = &manifest.memory else { return Ok(Vec::new()) };
     let (path, snapshot, expected) =
         (files.device(), manifest.snapshot.clone(), memory.device_blake3.clone());
@@ -224,7 +228,7 @@ async fn put_disk_back(
 }
 
 /// A new process with the snapshot's memory, loaded and, if it ran then, running.
-pub(super) async fn start(
+async fn start(
     vm: &mut VmRuntime,
     memory: &MemoryManifest,
     device: Vec<u8>,

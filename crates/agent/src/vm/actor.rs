@@ -286,7 +286,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
             snapshot::take_disk(vm, task, snapshot, new_top, *quiesce).await
         }
         TaskSpec::RestoreSnapshot { definition, snapshot, new_top } => {
-            snapshot::restore(vm, task, definition, snapshot, new_top).await
+            snapshot::restore(vm, task, definition, snapshot, new_top, false).await
         }
         TaskSpec::CloneVm { .. } => snapshot::clone::clone_vm(vm, task).await,
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::delete(vm, task, snapshot).await,
