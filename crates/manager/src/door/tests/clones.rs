@@ -4,6 +4,7 @@ use berth_model::access::Action;
 use berth_model::vm::Vm;
 use serde_json::{Value, json};
 
+use super::support::sample_image;
 use super::world::{World, give, member, put, role};
 
 const CLONE: &str = "/v1/vms/own%2Fthing/snapshots/first/clone?dry_run=true";
@@ -16,6 +17,10 @@ fn into(segment: &str) -> Value {
 async fn it_takes_the_right_to_clone_here_and_to_make_there() {
     let world = World::new().await;
     let cluster = world.cluster();
+    // Of an image that is for all: one of a segment's own keeps its VMs there.
+    let mut vm = world.own.vm.clone();
+    vm.spec.image = sample_image().id;
+    put(cluster, &vm).await;
     let (own, foreign) = (Some(&world.own.segment), Some(&world.foreign.segment));
     role(cluster, "cloner", &[Action::SnapshotClone, Action::SnapshotView]).await;
     role(cluster, "maker", &[Action::VmCreate, Action::SegmentView]).await;
