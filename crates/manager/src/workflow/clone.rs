@@ -18,7 +18,7 @@ use berth_api::agent::{TaskOutput, TaskSpec};
 use berth_api::manager::{CloneSnapshot as Wish, CreateVm, NewNic};
 use berth_model::image::Image;
 use berth_model::operation::{OperationKind, OperationResult};
-use berth_model::snapshot::{CloneFacts, Snapshot, SnapshotKind};
+use berth_model::snapshot::{CloneFacts, Snapshot, SnapshotExtent, SnapshotKind};
 use berth_model::vm::{Nic, PortForward, Vm, VmState};
 use berth_model::{HostId, Problem, ProblemCode, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
@@ -172,7 +172,7 @@ fn first(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot) -> Captur
         expires_at: None,
         ..snapshot.clone()
     };
-    Capture { snapshot, new_top: first_layer(&vm.id) }
+    Capture { snapshot, new_top: first_layer(&vm.id), extent: SnapshotExtent::Machine }
 }
 
 fn summary(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot, goes_on: bool) -> String {
