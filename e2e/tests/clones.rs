@@ -17,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 const CLONES: usize = 10;
 
 /// A working guest `books` with five files and a snapshot `origin`, taken when its guest agent answers.
-fn origin(cluster: &Cluster, pool: Pool) -> Result<u64> {
+fn origin(cluster: &Cluster, pool: Pool) -> Result<String> {
     let guest = guest_in(cluster, "books", pool)?;
     guest.probe.set(WORK, Duration::from_secs(60))?;
     guest.probe.write(5)?;
