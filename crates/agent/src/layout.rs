@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use berth_api::agent::{MigrationSide, VmDefinition};
 use berth_model::image::{PartFormat, PartRole};
 use berth_model::name::Name;
-use berth_model::vm::PortForward;
+use berth_model::vm::{Nic, PortForward};
 use berth_model::{ImageId, LayerId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,10 @@ pub struct HostRecord {
     /// The last thing that went wrong.
     #[serde(default)]
     pub trouble: Option<String>,
+    /// The interfaces as the guest of the present process knows them, when those are another VM's: it was cloned with
+    /// its memory, and has not taken its own yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub borrowed_nics: Option<Vec<Nic>>,
 }
 
 impl HostRecord {
@@ -73,6 +77,7 @@ impl HostRecord {
             migration: None,
             forwards: Vec::new(),
             trouble: None,
+            borrowed_nics: None,
         }
     }
 }

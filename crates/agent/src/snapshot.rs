@@ -31,11 +31,14 @@ mod afterwards;
 pub mod archive;
 mod base;
 pub mod capture;
+pub mod clone;
 pub mod deletion;
 mod disk;
 mod held;
+pub mod identity;
 pub mod image;
 pub mod layers;
+pub mod lending;
 pub mod memory;
 pub mod merge;
 pub mod overlay;
@@ -374,6 +377,7 @@ async fn put_away(
     started: Instant,
 ) -> Result<SnapshotFacts, Problem> {
     let definition = vm.definition()?.clone();
+    let borrowed_nics = vm.host_record()?.borrowed_nics.clone().filter(|_| memory.is_some());
     let newest_layer = last(&facts.layers)?.clone();
     let newest = vm.dirs()?.layer(&newest_layer);
     let snapshot = snapshot.clone();
@@ -383,8 +387,15 @@ async fn put_away(
         facts.disk_stored_bytes = memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
         facts.total_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let layers = facts.layers.clone();
-        let manifest =
-            Manifest { format: archive::FORMAT, snapshot, definition, layers, memory, facts: facts.clone() };
+        let manifest = Manifest {
+            format: archive::FORMAT,
+            snapshot,
+            definition,
+            layers,
+            memory,
+            facts: facts.clone(),
+            borrowed_nics,
+        };
         draft.finish(&manifest)?;
         Ok(facts)
     })

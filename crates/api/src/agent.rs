@@ -13,7 +13,7 @@ use berth_model::image::{Image, PartRole};
 use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
 use berth_model::operation::Progress;
-use berth_model::snapshot::{DeletionFacts, RestoreFacts, SnapshotFacts};
+use berth_model::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
 use berth_model::vm::{GuestState, PortForward, VmSpec, VmState};
 use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
@@ -141,6 +141,21 @@ pub enum TaskSpec {
         #[serde(default)]
         paused: bool,
     },
+    /// Make a new VM from another one's snapshot and start it; nothing if it runs.
+    CloneVm {
+        /// The new VM. Its first layer is its writable one, on the snapshot's.
+        definition: Box<VmDefinition>,
+        /// The VM that the snapshot is of, in the same pool.
+        origin: VmId,
+        /// Its snapshot.
+        snapshot: SnapshotId,
+        /// What the snapshot becomes among the new VM's own; none: start from the disk alone, and keep no snapshot.
+        first_snapshot: Option<SnapshotId>,
+        /// Share the origin's files; otherwise copy them.
+        share: bool,
+        /// Hold the guest.
+        paused: bool,
+    },
     /// Remove a snapshot's memory, and its layers where nothing else needs them.
     DeleteSnapshot {
         /// Which.
@@ -211,6 +226,13 @@ pub enum TaskOutput {
     Restored {
         /// What it cost.
         facts: RestoreFacts,
+    },
+    /// A VM was made from a snapshot.
+    Cloned {
+        /// What it cost.
+        facts: CloneFacts,
+        /// The state that it was brought to.
+        state: VmState,
     },
     /// The guest said that it is ready.
     Ready {

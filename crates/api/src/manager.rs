@@ -428,6 +428,23 @@ pub struct RestoreVm {
     pub paused: bool,
 }
 
+/// Wish for a new VM that is made from a snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CloneSnapshot {
+    /// The new VM's name.
+    pub name: Name,
+    /// The segment that it is to be in (id or name); none: the snapshot's. In another segment nothing is shared, and it
+    /// takes `snapshot.memory` on the snapshot as well.
+    #[serde(default)]
+    pub segment: Option<String>,
+    /// Start from the snapshot's disk alone, as after a power cut.
+    #[serde(default)]
+    pub cold: bool,
+    /// Hold the guest where the snapshot left it.
+    #[serde(default)]
+    pub paused: bool,
+}
+
 /// An operation that was begun, or, when only tried, would have been.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct OperationRef {
@@ -664,6 +681,8 @@ crate::endpoints! {
     SnapshotPin: POST "/v1/vms/{vm}/snapshots/{snapshot}/pin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
     /// Hold this snapshot no longer; the baseline can't be let go.
     SnapshotUnpin: POST "/v1/vms/{vm}/snapshots/{snapshot}/unpin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
+    /// Make a new VM from a snapshot, running as the snapshot's VM was then.
+    SnapshotClone: POST "/v1/vms/{vm}/snapshots/{snapshot}/clone", Json, SnapshotClone, path SnapshotPath, query ChangeQuery, body CloneSnapshot, reply OperationRef;
     /// Put a VM back to a snapshot, running as it was then.
     VmRestore: POST "/v1/vms/{vm}/restore", Json, SnapshotRestore, path VmPath, query ChangeQuery, body RestoreVm, reply OperationRef;
 

@@ -179,6 +179,9 @@ pub fn outcome(operation: &Operation, hosts: &HostNames) -> String {
         Some(OperationResult::Restore { facts, undo, .. }) => {
             format!("{} is back, {}", operation.subject, snapshot::restore_in_words(facts, undo.as_ref()))
         }
+        Some(OperationResult::Clone { facts, .. }) => {
+            format!("{} is made, {}", operation.subject, snapshot::clone_in_words(facts))
+        }
         Some(OperationResult::Done) | None => format!("{} of {} is done", operation.kind, operation.subject),
     }
 }
@@ -236,6 +239,9 @@ fn facts(operation: &Operation, hosts: &HostNames) -> Facts {
         Some(OperationResult::Restore { facts: restored, snapshot, undo }) => facts
             .with("to snapshot", snapshot)
             .with("cost", snapshot::restore_in_words(restored, undo.as_ref())),
+        Some(OperationResult::Clone { facts: cloned, snapshot }) => {
+            facts.with("of snapshot", snapshot).with("cost", snapshot::clone_in_words(cloned))
+        }
         Some(OperationResult::Done) | None => facts,
     }
 }

@@ -178,6 +178,7 @@ impl Metrics {
             Some(
                 OperationResult::Snapshot { .. }
                 | OperationResult::SnapshotDeleted { .. }
+                | OperationResult::Clone { .. }
                 | OperationResult::Done,
             )
             | None => {}

@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 
 use berth_api::manager::{Quota, Segment, Usage};
-use berth_model::snapshot::Snapshot;
+use berth_model::snapshot::{Snapshot, SnapshotFacts};
 use berth_model::vm::{Vm, VmSpec};
 use berth_model::{Problem, ProblemCode, SegmentId};
 
@@ -29,6 +29,13 @@ impl Added {
             disk_mib: spec.disk_mib,
             ..Usage::default()
         })
+    }
+
+    /// The same with a snapshot that it begins with. It counts as if it shared nothing: what it shares today is its alone
+    /// when the other VM is deleted.
+    pub const fn with_snapshot(self, facts: &SnapshotFacts) -> Self {
+        let stored_mib = facts.memory_stored_bytes.saturating_add(facts.disk_stored_bytes) >> 20;
+        Self(Usage { snapshots: 1, snapshot_mib: stored_mib, ..self.0 })
     }
 
     /// A snapshot of a VM: its memory as a whole, because what is zero in it is known only afterwards.

@@ -19,6 +19,8 @@ pub mod snapshot;
 
 pub mod restore;
 
+pub mod clone;
+
 pub mod migration;
 
 pub mod delete;
@@ -39,6 +41,7 @@ pub(crate) const fn makes_well(kind: OperationKind) -> bool {
         | OperationKind::VmResume
         | OperationKind::VmDelete
         | OperationKind::SnapshotCreate
+        | OperationKind::SnapshotClone
         | OperationKind::SnapshotDelete
         | OperationKind::ImageDelete => false,
     }

@@ -1,9 +1,9 @@
 //! What the manager promises of its operations, whatever breaks and when.
 //!
 //! One program for all of it, since linking takes longer than running: `faults` fails and repeats every step of every
-//! workflow, `death` kills the manager after every write, `story` goes through what people do, `migration` through
-//! what can become of a VM between two hosts, `hosts` through what hosts do by themselves, `schedules` through runs by the
-//! clock, and `trouble` cancels, cuts
+//! workflow, `death` kills the manager after every write, `story` goes through what people do, `clones` makes VMs from
+//! snapshots, `migration` through what can become of a VM between two hosts, `hosts` through what hosts do by themselves,
+//! `schedules` through runs by the clock, and `trouble` cancels, cuts
 //! off and restarts in every step.
 
 #[path = "support/agent.rs"]
@@ -13,6 +13,8 @@ mod scenario;
 #[path = "support/world.rs"]
 mod world;
 
+#[path = "workflow/clones.rs"]
+mod clones;
 #[path = "workflow/death.rs"]
 mod death;
 #[path = "workflow/faults.rs"]

@@ -163,6 +163,8 @@ actions! {
     VmConfigure = "vm.configure" in Configure;
     /// Delete VMs.
     VmDelete = "vm.delete" in Configure;
+    /// Make new VMs from snapshots; in another segment than the snapshot's it takes `snapshot.memory` as well.
+    SnapshotClone = "snapshot.clone" in Configure;
     /// Pin and unpin: say what the baseline is.
     SnapshotPin = "snapshot.pin" in Configure;
     /// Delete snapshots.

@@ -16,7 +16,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::MigrationReport;
-use crate::snapshot::{DeletionFacts, RestoreFacts, SnapshotFacts};
+use crate::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
 use crate::{ImageId, OperationId, Problem, SegmentId, SnapshotId, Timestamp, VmId};
 
 /// What an operation does.
@@ -57,6 +57,9 @@ pub enum OperationKind {
     /// Put a VM back to a snapshot.
     #[serde(rename = "snapshot.restore")]
     SnapshotRestore,
+    /// Make a new VM from a snapshot.
+    #[serde(rename = "snapshot.clone")]
+    SnapshotClone,
     /// Delete a snapshot.
     #[serde(rename = "snapshot.delete")]
     SnapshotDelete,
@@ -67,7 +70,7 @@ pub enum OperationKind {
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::VmCreate,
         Self::VmStart,
         Self::VmShutdown,
@@ -79,6 +82,7 @@ impl OperationKind {
         Self::VmMigrate,
         Self::SnapshotCreate,
         Self::SnapshotRestore,
+        Self::SnapshotClone,
         Self::SnapshotDelete,
         Self::ImageDelete,
     ];
@@ -97,6 +101,7 @@ impl OperationKind {
             Self::VmMigrate => "vm.migrate",
             Self::SnapshotCreate => "snapshot.create",
             Self::SnapshotRestore => "snapshot.restore",
+            Self::SnapshotClone => "snapshot.clone",
             Self::SnapshotDelete => "snapshot.delete",
             Self::ImageDelete => "image.delete",
         }
@@ -199,6 +204,13 @@ pub enum OperationResult {
         undo: Option<SnapshotId>,
         /// What it cost.
         facts: RestoreFacts,
+    },
+    /// A VM was made from a snapshot.
+    Clone {
+        /// The snapshot that it was made from.
+        snapshot: SnapshotId,
+        /// What it cost.
+        facts: CloneFacts,
     },
     /// A VM was moved.
     Migration {

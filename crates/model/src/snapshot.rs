@@ -137,6 +137,17 @@ pub struct DeletionFacts {
     pub merging_ms: u64,
 }
 
+/// What making a VM from a snapshot measured.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct CloneFacts {
+    /// From the agent's receipt of the command to QEMU saying that the guest runs, in microseconds; 0 when it does not.
+    pub running_us: u64,
+    /// What it shares with the VM that it was made from, as it occupies the disk, in bytes.
+    pub shared_bytes: u64,
+    /// What had to be copied for it, in bytes: everything, into another segment.
+    pub copied_bytes: u64,
+}
+
 /// What a restore measured.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct RestoreFacts {

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use crate::codec::{DecodeError, Message, decode_message};
 use crate::commands::Done;
@@ -27,6 +28,9 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 
 /// Starts the answer to `guest-sync-delimited`, and cannot occur in JSON.
 const SENTINEL: u8 = 0xFF;
+
+/// Pause between two questions whether a program has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How the guest is to be switched off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,6 +177,34 @@ impl GuestAgent {
     pub async fn set_time(&self, epoch_ns: Option<i64>, timeout: Duration) -> Result<(), QmpError> {
         let arguments = epoch_ns.map_or(Value::Null, |time| json!({ "time": time }));
         self.call::<Done>("guest-set-time", arguments, timeout).await.map(|Done| ())
+    }
+
+    /// Runs a program in the guest and waits for its end; gives its exit code, none when a signal ended it. What it prints
+    /// stays in the guest.
+    ///
+    /// # Errors
+    /// As every call; [`QmpError::TimedOut`] when the program has not ended within `timeout`: it goes on.
+    pub async fn run(&self, path: &str, words: &[&str], timeout: Duration) -> Result<Option<i64>, QmpError> {
+        #[derive(Deserialize)]
+        struct Begun {
+            pid: i64,
+        }
+        #[derive(Deserialize)]
+        struct Status {
+            exited: bool,
+            exitcode: Option<i64>,
+        }
+        let deadline = Instant::now() + timeout;
+        let begun: Begun = self.call("guest-exec", json!({ "path": path, "arg": words }), timeout).await?;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let arguments = json!({ "pid": begun.pid });
+            let status: Status = self.call("guest-exec-status", arguments, left).await?;
+            if status.exited {
+                return Ok(status.exitcode);
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Asks for the guest to be switched off. The agent does not answer when it obeys, so a guest that falls silent or

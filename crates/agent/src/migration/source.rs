@@ -22,7 +22,7 @@ use super::storage::copying::copy_unchanging;
 use super::storage::sending::Top;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::blocking;
-use crate::snapshot::{capture, layers};
+use crate::snapshot::{capture, identity, layers};
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
@@ -95,6 +95,7 @@ pub async fn move_away(vm: &mut VmRuntime, context: &TaskContext) -> Result<Task
         return Err(vm.wrong_state("a running VM"));
     }
     vm.qmp()?;
+    identity::check_may_move(vm)?;
     let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: false };
     vm.set_migration(Some(side)).await?;
     vm.status().apply(VmEvent::MigrationBegun);

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use berth_api::agent::VmDefinition;
 use berth_model::snapshot::SnapshotFacts;
+use berth_model::vm::Nic;
 use berth_model::{LayerId, SnapshotId};
 use serde::{Deserialize, Serialize};
 
@@ -30,11 +31,7 @@ pub const FORMAT: u32 = 2;
 /// What an unfinished snapshot's name starts with.
 const UNFINISHED_PREFIX: &str = ".new-";
 /// Mode of what is never written again.
-const FROZEN_MODE: u32 = 0o440;
-/// Mode of a memory image while a QEMU that runs as a user of its own opens it.
-const LENT_TO_GROUP_MODE: u32 = 0o460;
-/// Mode of a memory image while a QEMU that runs as the agent's user opens it.
-const LENT_TO_OWNER_MODE: u32 = 0o640;
+pub(super) const FROZEN_MODE: u32 = 0o440;
 
 /// What a snapshot is of, and how to know that it is unharmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +49,9 @@ pub struct Manifest {
     pub memory: Option<MemoryManifest>,
     /// What taking it cost.
     pub facts: SnapshotFacts,
+    /// The interfaces as the guest in this memory knows them, when those are another VM's: see `snapshot/clone.rs`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub borrowed_nics: Option<Vec<Nic>>,
 }
 
 /// What is known of a memory image.
@@ -340,40 +340,6 @@ pub fn freeze(file: &File, group: Option<u32>) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(FROZEN_MODE))
 }
 
-/// While it lives, the VM's QEMU may open a memory image for writing.
-///
-/// QEMU before 8.2 opens memory for writing or not at all, even where it maps it privately and never writes to the file.
-/// So the right is given for the moment in which the process comes up, and taken away before its guest runs. What such a
-/// QEMU has open it could still write to, if its guest took it over: the page index tells.
-///
-/// Who gets it depends on whom QEMU runs as. Of its own user, it is the file's group and not its owner. As the agent's
-/// user it is the owner, whose rights are the only ones that count then: the group's are of no use to it, and without
-/// capabilities it may not overstep, not even as root.
-#[derive(Debug)]
-pub struct Openable {
-    path: PathBuf,
-}
-
-impl Openable {
-    /// Gives the right. `reader` is the user and group of the VM's QEMU; none: the agent's own.
-    ///
-    /// # Errors
-    /// When the system refuses.
-    pub fn open(path: PathBuf, reader: Option<u32>) -> Result<Self, FileError> {
-        let mode = if reader.is_some() { LENT_TO_GROUP_MODE } else { LENT_TO_OWNER_MODE };
-        fs::set_permissions(&path, Permissions::from_mode(mode)).map_err(FileError::io(&path, "lent"))?;
-        Ok(Self { path })
-    }
-}
-
-impl Drop for Openable {
-    fn drop(&mut self) {
-        if let Err(error) = fs::set_permissions(&self.path, Permissions::from_mode(FROZEN_MODE)) {
-            tracing::error!(path = %self.path.display(), %error, "a memory image can't be closed to writing");
-        }
-    }
-}
-
 /// Makes a directory that a VM's QEMU may pass through and the agent alone may change.
 fn enterable(path: &Path, group: Option<u32>) -> Result<(), FileError> {
     match fs::DirBuilder::new().mode(0o710).create(path) {
@@ -404,55 +370,5 @@ pub fn blake3_of(path: &Path) -> Result<String, FileError> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(FileError::io(path, "read")(error)),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sandbox::{Confinement, can_become_users_from, confine};
-    use std::process::{Command, Stdio};
-
-    /// A frozen memory image that belongs to whoever runs this, in a directory that everybody may enter.
-    fn image(reader: Option<u32>) -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().expect("directory");
-        fs::set_permissions(directory.path(), Permissions::from_mode(0o711)).expect("mode");
-        let path = directory.path().join("memory.raw");
-        fs::write(&path, b"memory").expect("written");
-        freeze(&File::open(&path).expect("opened"), reader).expect("frozen");
-        (directory, path)
-    }
-
-    /// Whether a program that is confined as the VM's QEMU is can open the file for reading and writing.
-    fn opens(path: &Path, user_id: Option<u32>) -> bool {
-        let mut command = Command::new("/bin/sh");
-        command.arg("-c").arg("exec 3<>\"$0\"").arg(path).stderr(Stdio::null());
-        confine(&mut command, Confinement { user_id, ..Confinement::default() }, Vec::new());
-        command.status().expect("ran").success()
-    }
-
-    fn lent_for_the_moment_only(user_id: Option<u32>) {
-        let (_directory, path) = image(user_id);
-        assert!(!opens(&path, user_id), "it is frozen");
-        let openable = Openable::open(path.clone(), user_id).expect("lent");
-        assert!(opens(&path, user_id), "it may be opened while it is lent");
-        drop(openable);
-        assert!(!opens(&path, user_id), "it is frozen again");
-    }
-
-    #[test]
-    fn a_qemu_of_the_agents_own_user_may_open_memory_for_writing_while_it_is_lent() {
-        lent_for_the_moment_only(None);
-    }
-
-    #[test]
-    fn a_qemu_of_its_own_user_may_open_its_own_memory_and_nobody_elses_while_it_is_lent() {
-        if !can_become_users_from(2_000_000) {
-            return;
-        }
-        lent_for_the_moment_only(Some(2_000_001));
-        let (_directory, path) = image(Some(2_000_001));
-        let _openable = Openable::open(path.clone(), Some(2_000_001)).expect("lent");
-        assert!(!opens(&path, Some(2_000_002)), "another VM's QEMU may not");
     }
 }

@@ -172,7 +172,7 @@ async fn guest_agent(vm: &VmRuntime) -> Result<GuestAgent, Problem> {
 
 async fn connect(vm: &VmRuntime) -> Result<GuestAgent, Problem> {
     let services = vm.services();
-    let stream = services.launcher.connect(&services.run_dir(vm.id()), Socket::GuestAgent).await;
+    let stream = services.launcher.connect(&vm.run_dir(), Socket::GuestAgent).await;
     let stream = stream.map_err(|error| {
         guest_problem(&format!("the guest agent's port can't be reached: {}", with_causes(&error)))
     })?;

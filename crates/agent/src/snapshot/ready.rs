@@ -28,8 +28,9 @@ use tokio::task::AbortHandle;
 
 use super::archive::{self, ArchiveError, Manifest, MemoryManifest, SnapshotFiles};
 use super::image::{self, MemoryImage};
+use super::lending::Openable;
 use super::overlay::{self, Below};
-use super::working_set;
+use super::{identity, working_set};
 use crate::durable::{self, FileError, blocking};
 use crate::launcher::{Launched, Process};
 use crate::layout::{VmDirs, VmRecord};
@@ -165,7 +166,7 @@ pub async fn make(ground: &Ground, wanted: &Wanted, network: Network) -> Result<
     let device = read_device(&files, &manifest.snapshot, memory.device_blake3.clone());
     let sockets = wanted.new_top.to_string();
     let image = open_memory(&files, &manifest.snapshot, memory);
-    let launched = launch(&ground, &record, &files, &sockets, network);
+    let launched = launch(&ground, &manifest, &record, &sockets, network);
     let (launched, device, image) = tokio::join!(launched, device, image);
     let (launched, guard, plug, forwards) = launched?;
     let incoming = load(&launched.qmp, device?, image?).await?;
@@ -241,22 +242,24 @@ type Started = (Launched, Guard, Plug, Vec<Vec<PortForward>>);
 
 async fn launch(
     ground: &Ground,
+    manifest: &Manifest,
     record: &VmRecord,
-    files: &SnapshotFiles,
     sockets: &str,
     network: Network,
 ) -> Result<Started, NotReady> {
     let beside = matches!(network, Network::Taken(_));
     let started = async {
-        let (definition, services) = (&ground.definition, &ground.services);
+        let services = &ground.services;
+        let files = SnapshotFiles::of(&ground.dirs, &manifest.snapshot);
+        let known = identity::known_by_guest(&ground.definition, manifest.borrowed_nics.as_deref());
         let (lease, plug) = match &network {
-            Network::Free(before) => (network::lease(services, definition, before).await?, Plug::default()),
-            Network::Taken(before) => network::lease_beside(services, definition, before).await?,
+            Network::Free(before) => (network::lease(services, &known, before).await?, Plug::default()),
+            Network::Taken(before) => network::lease_beside(services, &known, before).await?,
         };
         let forwards = lease.forwards.clone();
         let memory = Memory::Image(files.memory());
         let plan = LaunchPlan { chain: record.chain.clone(), memory, incoming: true };
-        let openable = archive::Openable::open(files.memory(), ground.user_id())?;
+        let openable = Openable::open(files.memory(), ground.user_id()).await?;
         let launched = ground.launch(&plan, Some(sockets), lease).await?;
         drop(openable);
         let guard = Guard(Some(launched.process.clone()));

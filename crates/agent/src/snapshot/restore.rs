@@ -33,7 +33,7 @@ use berth_model::snapshot::{ClockSetting, RestoreFacts};
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
 use super::ready::{self, Machine, Network, NotReady, Ready, Wanted};
-use super::{afterwards, archive, layers, working_set};
+use super::{afterwards, archive, identity, layers, working_set};
 use crate::durable::{blocking, with_causes};
 use crate::launcher::Process;
 use crate::layout::VmRecord;
@@ -188,6 +188,7 @@ async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, 
     let Some(mut machine) = machine else {
         vm.end_process().await?;
         vm.set_vm_record(record).await?;
+        vm.change_host_record(|host| host.borrowed_nics = manifest.borrowed_nics).await?;
         return Ok(false);
     };
     let mut host = vm.host_record()?.clone();
@@ -195,6 +196,7 @@ async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, 
     host.sockets = Some(machine.sockets.clone());
     host.forwards = forwards;
     host.trouble = None;
+    host.borrowed_nics.clone_from(&manifest.borrowed_nics);
     let (staged, ()) = tokio::join!(vm.stage(record, host), unplug(vm));
     let staged = staged?;
     let old = vm.process().cloned();
@@ -208,6 +210,7 @@ async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, 
         process.kill();
         return Err(problem);
     }
+    identity::isolate(vm).await?;
     let runs = manifest.memory.is_some_and(|memory| memory.was_running) && !paused;
     let_go_on(vm, incoming, runs).await?;
     Ok(runs)

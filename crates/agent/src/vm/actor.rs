@@ -329,6 +329,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
             let target = snapshot::Target { definition, snapshot, new_top, paused: *paused };
             snapshot::restore(vm, task, target).await
         }
+        TaskSpec::CloneVm { .. } => snapshot::clone::clone_vm(vm, task).await,
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::deletion::delete(vm, task, snapshot).await,
         TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {
             migration::admit(vm, task, migration, definition, source, *shared_pool).await

@@ -76,7 +76,7 @@ pub(super) async fn prepare(
 }
 
 /// Starts a process for a VM that has none, and lets the guest run.
-pub(super) async fn start(
+pub(crate) async fn start(
     vm: &mut VmRuntime,
     task: &TaskContext,
     definition: &VmDefinition,
@@ -93,15 +93,21 @@ pub(super) async fn start(
     if vm.process().is_none() {
         refresh(vm, definition).await?;
         task.phase("starting");
-        let plan = LaunchPlan::cold(vm.chain()?.to_vec());
-        let launched = vm.launch(&plan).await?;
-        vm.install(launched).await?;
+        start_cold(vm).await?;
     }
     if let Err(problem) = run_guest(vm).await {
         vm.end_process().await?;
         return Err(problem);
     }
     Ok(TaskOutput::Done)
+}
+
+/// Starts a process whose guest begins anew, and learns from the seed who it is.
+async fn start_cold(vm: &mut VmRuntime) -> Result<(), Problem> {
+    vm.change_host_record(|record| record.borrowed_nics = None).await?;
+    let plan = LaunchPlan::cold(vm.chain()?.to_vec());
+    let launched = vm.launch(&plan).await?;
+    vm.install(launched).await
 }
 
 /// Asks the guest to power down and waits until its process has gone.
@@ -136,6 +142,14 @@ pub(super) async fn stop(vm: &mut VmRuntime) -> Result<TaskOutput, Problem> {
 
 /// Resets the machine.
 pub(super) async fn restart(vm: &mut VmRuntime) -> Result<TaskOutput, Problem> {
+    if vm.host_record()?.borrowed_nics.is_some() {
+        // Its process was made for the addresses that its guest is to forget.
+        vm.qmp()?;
+        vm.end_process().await?;
+        start_cold(vm).await?;
+        run_guest(vm).await?;
+        return Ok(TaskOutput::Done);
+    }
     vm.qmp()?.call(SystemReset {}).await.map_err(hypervisor_problem)?;
     vm.guest_is(GuestState::Booting);
     run_guest(vm).await?;
@@ -157,7 +171,7 @@ pub(super) async fn resume(vm: &mut VmRuntime) -> Result<TaskOutput, Problem> {
 }
 
 /// Removes what this host has of the VM, and what its pool has unless that is kept.
-pub(super) async fn delete(vm: &mut VmRuntime, pool: &Name, keep_files: bool) -> Result<TaskOutput, Problem> {
+pub(crate) async fn delete(vm: &mut VmRuntime, pool: &Name, keep_files: bool) -> Result<TaskOutput, Problem> {
     vm.end_process().await?;
     if !keep_files {
         let directory = vm.services().layout.pool(pool)?.vm(vm.id());
@@ -277,7 +291,7 @@ async fn refresh(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Pr
     Ok(())
 }
 
-fn check_identity(vm: &VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
+pub(crate) fn check_identity(vm: &VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
     if definition.id == *vm.id() {
         return Ok(());
     }

@@ -23,6 +23,7 @@ use crate::layout::VmDirs;
 use crate::network::{self, Lease};
 use crate::qemu::Machine;
 use crate::services::Services;
+use crate::snapshot::identity::{self, Introduction};
 
 /// How long a killed process may take to be gone. The kernel gives back its memory first, some 20 ms a GiB; longer
 /// means that it hangs in the kernel, where nothing reaches it.
@@ -49,6 +50,11 @@ pub enum Notice {
     },
     /// The process lives and its monitor's connection is gone.
     MonitorLost {
+        /// Which.
+        serial: u64,
+    },
+    /// The guest has taken its own addresses, having had another VM's.
+    Introduced {
         /// Which.
         serial: u64,
     },
@@ -136,7 +142,8 @@ pub(super) async fn launch(vm: &mut VmRuntime, plan: &LaunchPlan) -> Result<Laun
         // Its ports are free only when it is gone. A tap is waited for by itself.
         let _ = tokio::time::timeout(END_TIMEOUT, before.exited()).await;
     }
-    let lease = network::lease(&ground.services, &ground.definition, &vm.host_record()?.forwards).await?;
+    let known = identity::as_the_guest_knows(vm)?;
+    let lease = network::lease(&ground.services, &known, &vm.host_record()?.forwards).await?;
     let forwards = lease.forwards.clone();
     vm.change_host_record(|record| record.forwards = forwards).await?;
     ground.launch(plan, None, lease).await
@@ -216,6 +223,19 @@ fn attach(vm: &mut VmRuntime, launched: Launched) -> u64 {
     let mut listeners = vec![tokio::spawn(watcher.run(events)).abort_handle()];
     listeners.push(tokio::spawn(sensor.run()).abort_handle());
     listeners.push(tokio::spawn(console).abort_handle());
+    match Introduction::of(vm) {
+        Ok(Some(introduction)) => {
+            let notices = vm.notices.clone();
+            let task = tokio::spawn(async move {
+                introduction.introduce().await;
+                // The owner may be gone: then the agent is ending.
+                let _ = notices.send(Notice::Introduced { serial });
+            });
+            listeners.push(task.abort_handle());
+        }
+        Ok(None) => {}
+        Err(problem) => tracing::error!(vm = %vm.id, %problem, "its guest is not told who it is"),
+    }
     vm.running = Some(Running { serial, qmp, process, listeners });
     serial
 }
@@ -287,12 +307,20 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
                 let_go(vm);
             }
         }
+        Notice::Introduced { serial } if present == Some(serial) => {
+            if let Err(problem) = identity::join(vm).await {
+                tracing::error!(vm = %vm.id(), %problem, "a clone that has its own addresses stays off the network");
+            }
+        }
         Notice::DiskFailed { serial, trouble } if present == Some(serial) => {
             if let Err(problem) = vm.change_host_record(|record| record.trouble = Some(trouble)).await {
                 tracing::error!(vm = %vm.id(), %problem, "its trouble can't be written down");
             }
         }
-        Notice::Ended { .. } | Notice::MonitorLost { .. } | Notice::DiskFailed { .. } => {}
+        Notice::Ended { .. }
+        | Notice::MonitorLost { .. }
+        | Notice::Introduced { .. }
+        | Notice::DiskFailed { .. } => {}
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod access;
 mod audit;
 mod classes;
+mod clones;
 mod coverage;
 mod enrolment;
 mod four_eyes;

@@ -1,8 +1,8 @@
 //! Snapshots: seeing them, taking and deleting them, and saying which one is the baseline.
 
 use berth_api::manager::{
-    OperationRef, Page, SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotPin, SnapshotShow,
-    SnapshotUnpin,
+    OperationRef, Page, SnapshotClone, SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotPin,
+    SnapshotShow, SnapshotUnpin,
 };
 use berth_model::access::Action;
 use berth_model::operation::OperationKind;
@@ -23,7 +23,7 @@ const NOTE_CHARS_MAX: usize = 1000;
 
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
-    door.mount(show_all).mount(create).mount(show).mount(delete).mount(pin).mount(unpin)
+    door.mount(show_all).mount(create).mount(show).mount(delete).mount(pin).mount(unpin).mount(clone)
 }
 
 async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
@@ -78,6 +78,32 @@ async fn delete(call: Call<SnapshotDelete, TheSnapshot>) -> Result<Answer<Operat
     let if_match = Some(vm.revision);
     let begin = Begin { if_match, approved: call.ctx.approved, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await
+}
+
+async fn clone(call: Call<SnapshotClone, TheSnapshot>) -> Result<Answer<OperationRef>, Problem> {
+    let (ctx, dry_run) = (&call.ctx, call.input.query.dry_run.unwrap_or_default());
+    let (TheSnapshot { vm, snapshot }, mut wish) = (&call.target, call.input.body);
+    if wish.cold && wish.paused {
+        return Err(Problem::field(
+            "paused",
+            true,
+            "false: a guest that starts from its disk was nowhere yet",
+        ));
+    }
+    let own = vm.segment.to_string();
+    let segment = ctx.segment(wish.segment.as_deref().unwrap_or(&own), Action::VmCreate)?.0;
+    if segment.value.id != vm.segment {
+        // Whoever has rights there will have all that the guest knew.
+        let is_last = ctx.cluster().records.snapshots_of(&vm.value.id).len() == 1;
+        let resource = Resource::snapshot(vm_resource(ctx.cluster(), vm), vm, snapshot, is_last);
+        ctx.require(Action::SnapshotMemory, &resource)?;
+    }
+    // From here on by id: what was checked is what is used, whoever renames what meanwhile.
+    wish.segment = Some(segment.value.id.to_string());
+    let (origin, snapshot) = (vm.value.id.clone(), snapshot.value.id.clone());
+    let request = OperationRequest::SnapshotClone { origin, snapshot, wish };
+    let begin = Begin { approved: ctx.approved, ..Begin::new(ctx.actor(), request) };
+    operation::submit(ctx.cluster(), begin, dry_run).await
 }
 
 async fn pin(call: Call<SnapshotPin, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {

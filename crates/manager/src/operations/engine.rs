@@ -37,6 +37,7 @@ macro_rules! for_workflow {
             OperationKind::VmMigrate => $call::<workflow::migration::MigrateVm>($($argument),*),
             OperationKind::SnapshotCreate => $call::<workflow::snapshot::CreateSnapshot>($($argument),*),
             OperationKind::SnapshotRestore => $call::<workflow::restore::RestoreSnapshot>($($argument),*),
+            OperationKind::SnapshotClone => $call::<workflow::clone::CloneSnapshot>($($argument),*),
             OperationKind::SnapshotDelete => $call::<workflow::snapshot::DeleteSnapshot>($($argument),*),
             OperationKind::ImageDelete => $call::<workflow::image::DeleteImage>($($argument),*),
         }

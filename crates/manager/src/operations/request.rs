@@ -1,6 +1,6 @@
 //! What can be asked for.
 
-use berth_api::manager::{CreateVm, MigrateVm, RestoreVm};
+use berth_api::manager::{CloneSnapshot, CreateVm, MigrateVm, RestoreVm};
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
 use berth_model::schedule::Occasion;
@@ -86,6 +86,15 @@ pub enum OperationRequest {
         /// To what.
         wish: RestoreVm,
     },
+    /// Make a new VM from a snapshot.
+    SnapshotClone {
+        /// Of which VM, which nothing happens to.
+        origin: VmId,
+        /// Which.
+        snapshot: SnapshotId,
+        /// What it is to be; the segment is named.
+        wish: CloneSnapshot,
+    },
     /// Delete a snapshot.
     SnapshotDelete {
         /// Of which VM.
@@ -115,6 +124,7 @@ impl OperationRequest {
             Self::VmMigrate { .. } => OperationKind::VmMigrate,
             Self::SnapshotCreate { .. } => OperationKind::SnapshotCreate,
             Self::SnapshotRestore { .. } => OperationKind::SnapshotRestore,
+            Self::SnapshotClone { .. } => OperationKind::SnapshotClone,
             Self::SnapshotDelete { .. } => OperationKind::SnapshotDelete,
             Self::ImageDelete { .. } => OperationKind::ImageDelete,
         }
@@ -123,7 +133,7 @@ impl OperationRequest {
     /// The VM that it changes, if it is about one that exists.
     pub const fn vm(&self) -> Option<&VmId> {
         match self {
-            Self::VmCreate { .. } | Self::ImageDelete { .. } => None,
+            Self::VmCreate { .. } | Self::SnapshotClone { .. } | Self::ImageDelete { .. } => None,
             Self::VmStart { vm }
             | Self::VmShutdown { vm, .. }
             | Self::VmStop { vm }

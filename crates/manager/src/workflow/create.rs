@@ -6,6 +6,7 @@
 //! later removes both again. Afterwards the VM runs (or rests, if so wished) on its host, or never was.
 
 use berth_api::agent::TaskSpec;
+use berth_api::manager::CreateVm as Wish;
 use berth_model::operation::OperationKind;
 use berth_model::vm::{GuestState, Vm, VmSpec, VmState, VmStatus};
 use berth_model::{HostId, Problem, ProblemCode, VmId};
@@ -47,48 +48,68 @@ impl Workflow for CreateVm {
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
         let OperationRequest::VmCreate { wish } = request else { return Err(wrong_request()) };
-        let cluster = desk.cluster;
-        let segment = cluster.records.find_segment(&wish.segment)?;
-        let name = UniqueName::vm(&segment.value.id, &wish.name);
-        if cluster.records.id_of(&name).is_some() {
-            return Err(RecordsError::Taken { noun: "vm".to_owned(), name: wish.name.to_string() }.into());
-        }
-        // A number is used up only by a wish that could be granted.
-        let number = u32::try_from(cluster.records.peek_number(NUMBERS).await? + 1).unwrap_or(u32::MAX);
-        let spec = wish::spec(cluster, wish, &segment, number)?;
-        quota::check(cluster, &segment.value.id, &Added::vm(&spec))?;
-        let host = wish::host(cluster, wish, &spec)?;
-        if !desk.dry_run && cluster.records.take_number(NUMBERS).await? != u64::from(number) {
-            return Err(Problem::new(ProblemCode::Internal, "VM numbers are given without their lock"));
-        }
-        let id = cluster.new_vm_id();
-        let vm = Vm {
-            id: id.clone(),
-            number,
-            segment: segment.value.id.clone(),
-            segment_name: segment.name.clone(),
-            name: wish.name.clone(),
-            status: new_status(&id, &host),
-            spec: spec.clone(),
-            created_at: cluster.clock.now(),
-        };
-        let mut transaction = Transaction::new();
-        transaction.claim(&name, id.as_str());
-        transaction.unchanged(&segment);
-        let forwards: Vec<_> = vm.spec.nics.iter().map(|nic| nic.forwards.clone()).collect();
-        if forwards.iter().flatten().any(|forward| forward.host_port != 0) {
-            transaction.create(&FixedPorts { vm: id.clone(), forwards });
-        }
-        let (subject, at) = (vm.full_name(), cluster.host_name(&host));
+        let NewVm { vm, host, transaction } = new_vm(desk, wish, Added::vm).await?;
+        let (subject, at) = (vm.full_name(), desk.cluster.host_name(&host));
         let then = if wish.stopped { "leave it stopped" } else { "start it" };
         Ok(Plan {
             summary: format!("create {subject} on host {at} and {then}"),
             subject,
-            record: CreateVmRecord { vm: id, host, spec, stopped: wish.stopped },
+            record: CreateVmRecord { vm: vm.id.clone(), host, spec: vm.spec.clone(), stopped: wish.stopped },
             about: About::NewVm(Box::new(vm)),
             transaction,
         })
     }
+}
+
+/// A VM that is to be.
+pub(super) struct NewVm {
+    /// Its record.
+    pub(super) vm: Vm,
+    /// The host that it is to be on.
+    pub(super) host: HostId,
+    /// What makes its name and its ports its own.
+    pub(super) transaction: Transaction,
+}
+
+/// Makes the record of a new VM of a wish. `added` says what it takes of quotas.
+pub(super) async fn new_vm(
+    desk: &Desk<'_>,
+    wish: &Wish,
+    added: impl FnOnce(&VmSpec) -> Added,
+) -> Result<NewVm, Problem> {
+    let cluster = desk.cluster;
+    let segment = cluster.records.find_segment(&wish.segment)?;
+    let name = UniqueName::vm(&segment.value.id, &wish.name);
+    if cluster.records.id_of(&name).is_some() {
+        return Err(RecordsError::Taken { noun: "vm".to_owned(), name: wish.name.to_string() }.into());
+    }
+    // A number is used up only by a wish that could be granted.
+    let number = u32::try_from(cluster.records.peek_number(NUMBERS).await? + 1).unwrap_or(u32::MAX);
+    let spec = wish::spec(cluster, wish, &segment, number)?;
+    quota::check(cluster, &segment.value.id, &added(&spec))?;
+    let host = wish::host(cluster, wish, &spec)?;
+    if !desk.dry_run && cluster.records.take_number(NUMBERS).await? != u64::from(number) {
+        return Err(Problem::new(ProblemCode::Internal, "VM numbers are given without their lock"));
+    }
+    let id = cluster.new_vm_id();
+    let vm = Vm {
+        id: id.clone(),
+        number,
+        segment: segment.value.id.clone(),
+        segment_name: segment.name.clone(),
+        name: wish.name.clone(),
+        status: new_status(&id, &host),
+        spec,
+        created_at: cluster.clock.now(),
+    };
+    let mut transaction = Transaction::new();
+    transaction.claim(&name, id.as_str());
+    transaction.unchanged(&segment);
+    let forwards: Vec<_> = vm.spec.nics.iter().map(|nic| nic.forwards.clone()).collect();
+    if forwards.iter().flatten().any(|forward| forward.host_port != 0) {
+        transaction.create(&FixedPorts { vm: id, forwards });
+    }
+    Ok(NewVm { vm, host, transaction })
 }
 
 fn new_status(id: &VmId, host: &HostId) -> VmStatus {

@@ -23,7 +23,7 @@ use crate::records::{RecordsError, Row, Transaction, UniqueName};
 /// How long a host may take to forecast a deletion, beside what any answer may take: it reads layers' tables.
 const FORECAST_WAIT: Duration = Duration::from_secs(10);
 /// The name of a VM's first baseline.
-const BASELINE_NAME: &str = "baseline";
+pub(super) const BASELINE_NAME: &str = "baseline";
 
 /// `snapshot.create`: afterwards the snapshot is whole and recorded, or there is none; the VM goes on as it was.
 pub enum CreateSnapshot {}

@@ -29,7 +29,7 @@ const MACHINE_FAMILY: &str = "pc-q35-";
 /// for distributions that want x86-64-v2.
 const CPU_MODELS: [&str; 4] = ["Nehalem", "qemu64", "kvm64", "max"];
 /// What a request says for an interface whose guest asks for its address.
-const DHCP: &str = "dhcp";
+pub(super) const DHCP: &str = "dhcp";
 
 /// The whole specification.
 pub(super) fn spec(

@@ -18,7 +18,7 @@ use berth_manager::agents::AgentConnector;
 use berth_model::host::{Accelerator, Host, Inventory, NetworkMode, PoolReport, QemuAbilities};
 use berth_model::name::Name;
 use berth_model::operation::Progress;
-use berth_model::snapshot::{RestoreFacts, SnapshotFacts};
+use berth_model::snapshot::{CloneFacts, RestoreFacts, SnapshotFacts};
 use berth_model::vm::{GuestState, PortForward, VmState};
 use berth_model::{HostId, ImageId, LayerId, Problem, ProblemCode, SnapshotId, VmId};
 use http::{Request, Response};
@@ -453,6 +453,7 @@ impl FakeAgent {
             TaskSpec::RestoreSnapshot { snapshot, new_top, paused, .. } => {
                 self.restore(&vm(), snapshot, new_top, *paused)
             }
+            TaskSpec::CloneVm { .. } => self.clone_vm(put),
             TaskSpec::DeleteSnapshot { snapshot } => {
                 self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
                 done
@@ -530,6 +531,29 @@ impl FakeAgent {
         });
         let facts = SnapshotFacts { has_memory, paused_us: 8000, total_ms: 50, ..SnapshotFacts::default() };
         TaskOutput::Snapshot { facts }
+    }
+
+    fn clone_vm(&self, put: &PutTask) -> Result<TaskOutput, Problem> {
+        let TaskSpec::CloneVm { definition, origin, snapshot, first_snapshot, paused, .. } = &put.spec else {
+            unreachable!("{:?}", put.spec)
+        };
+        let vm = &definition.id;
+        let has = self
+            .pool(|pool| pool.vms.get(origin).is_some_and(|files| files.snapshots.contains_key(snapshot)));
+        if !has {
+            return Err(Problem::not_found("snapshot", snapshot));
+        }
+        let snapshots = first_snapshot.iter().map(|first| (first.clone(), true)).collect();
+        let files = Files { top: definition.first_layer.clone(), snapshots };
+        self.pool(|pool| pool.vms.insert(vm.clone(), files));
+        let machine = self.new_machine();
+        self.lock().vms.entry(vm.clone()).or_insert(machine).generation = put.generation;
+        self.with(vm, |machine, guest| {
+            machine.process = if *paused { Process::Paused } else { Process::Running };
+            machine.guest = guest;
+        })?;
+        let state = if *paused { VmState::Paused } else { VmState::Running };
+        Ok(TaskOutput::Cloned { facts: CloneFacts { running_us: 60_000, ..CloneFacts::default() }, state })
     }
 
     fn restore(
@@ -701,6 +725,7 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::TakeSnapshot { .. } => "snapshot",
         TaskSpec::TakeDiskSnapshot { .. } => "disk-snapshot",
         TaskSpec::RestoreSnapshot { .. } => "restore",
+        TaskSpec::CloneVm { .. } => "clone",
         TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
         TaskSpec::AdmitMigration { .. } => "admit",
         TaskSpec::RefuseMigration { .. } => "refuse",
@@ -725,6 +750,7 @@ pub const KINDS: &[&str] = &[
     "snapshot",
     "disk-snapshot",
     "restore",
+    "clone",
     "delete-snapshot",
     "admit",
     "refuse",

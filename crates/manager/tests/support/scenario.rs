@@ -1,6 +1,6 @@
 //! For each kind of operation a case in which it succeeds.
 
-use berth_api::manager::{CreateVm, MigrateVm, RestoreVm};
+use berth_api::manager::{CloneSnapshot, CreateVm, MigrateVm, RestoreVm};
 use berth_manager::cluster::Cluster;
 use berth_manager::operations::OperationRequest;
 use berth_model::operation::OperationKind;
@@ -58,6 +58,11 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             let wish = RestoreVm { snapshot: Some("first".to_owned()), no_undo: false, ..Default::default() };
             OperationRequest::SnapshotRestore { vm, wish }
         }
+        OperationKind::SnapshotClone => {
+            let vm = running_vm(cluster, "books").await;
+            let first = snapshot(cluster, &vm, "first").await;
+            clone_of(&vm, &first, "books-2")
+        }
         OperationKind::SnapshotDelete => {
             let vm = running_vm(cluster, "books").await;
             let first = snapshot(cluster, &vm, "first").await;
@@ -74,6 +79,11 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             OperationRequest::ImageDelete { image }
         }
     }
+}
+
+pub fn clone_of(vm: &VmId, snapshot: &SnapshotId, name: &str) -> OperationRequest {
+    let wish = CloneSnapshot { name: name.parse().unwrap(), segment: None, cold: false, paused: false };
+    OperationRequest::SnapshotClone { origin: vm.clone(), snapshot: snapshot.clone(), wish }
 }
 
 pub fn take(vm: &VmId, name: &str) -> OperationRequest {

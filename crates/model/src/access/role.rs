@@ -48,6 +48,7 @@ pub const BUILT_IN_ROLES: [BuiltInRole; 7] = [
             Action::VmCreate,
             Action::VmConfigure,
             Action::VmDelete,
+            Action::SnapshotClone,
             Action::SnapshotPin,
             Action::SnapshotDelete,
             Action::ScheduleManage,

@@ -75,6 +75,7 @@ fn take(dirs: &VmDirs, number: u8, before: &Memory, after: &Memory) -> (Snapshot
         layers: layers.to_vec(),
         memory: Some(memory),
         facts: SnapshotFacts::default(),
+        borrowed_nics: None,
     };
     draft.finish(&manifest).expect("finished");
     (snapshot, completed)

@@ -40,6 +40,7 @@ fn path_of(endpoint: &EndpointInfo) -> String {
 fn body_of(endpoint: &EndpointInfo) -> &'static str {
     match endpoint.name {
         "VmCreate" => r#"{"segment":"default","name":"new","image":"debian"}"#,
+        "SnapshotClone" => r#"{"name":"new"}"#,
         "ImageCreate" => r#"{"name":"new","parts":[]}"#,
         "RoleCreate" | "TeamCreate" => r#"{"name":"new"}"#,
         "PolicyCreate" => r#"{"name":"new","text":"x"}"#,

@@ -96,6 +96,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "VmUpdate" | "VmDelete" | "VmStart" | "VmShutdown" | "VmStop" | "VmRestart" | "VmPause"
         | "VmResume" | "VmMigrate" | "SnapshotCreate" => (Segment, "?dry_run=true", ""),
         "SnapshotDelete" => (Segment, "?dry_run=true", ""),
+        "SnapshotClone" => (Segment, "?dry_run=true", r#"{"name":"new"}"#),
         "VmRestore" => (Segment, "?dry_run=true", r#"{"snapshot":"first"}"#),
         new => panic!("the route {new} is new: say here what it is about"),
     }
@@ -276,6 +277,9 @@ impl Tally {
         }
         if matches!(endpoint.name, "ScheduleCreate" | "ScheduleUpdate" | "ScheduleResume") {
             needed.extend([Action::SnapshotCreate, Action::SnapshotDelete]);
+        }
+        if endpoint.name == "SnapshotClone" {
+            needed.push(Action::VmCreate);
         }
         let wanted = [
             // A VM names its image, which is authorised by itself; a grant gives what its role has.
