@@ -8,6 +8,7 @@ use berth_api::manager::{
 };
 use berth_model::name::Name;
 use berth_model::schedule::{Cron, Keep, Outcome, Schedule, ScheduleRun, Tally, Zone};
+use berth_model::snapshot::SnapshotExtent;
 use berth_model::{Problem, ProblemCode, ScheduleId};
 use clap::{Args, Subcommand};
 
@@ -16,7 +17,7 @@ use crate::exit::Failure;
 use crate::lookup::{VmRef, parse_name};
 use crate::names::Names;
 use crate::options::nothing_to_change;
-use crate::output::{Facts, Table, instant, or_nothing};
+use crate::output::{Facts, Table, instant, or_nothing, word};
 use crate::session::Session;
 use crate::units;
 
@@ -83,6 +84,12 @@ pub struct CreateArguments {
     /// What to keep, like hourly=24,daily=7,weekly=4,monthly=12,last=3
     #[arg(long)]
     keep: Keep,
+    /// The disk alone, as after a power cut
+    #[arg(long)]
+    no_memory: bool,
+    /// The disk alone, the guest's file systems flushed and frozen by its guest agent
+    #[arg(long, conflicts_with = "no_memory")]
+    filesystem: bool,
     #[command(flatten)]
     dry_run: DryRunArguments,
 }
@@ -179,9 +186,15 @@ async fn show_all(session: &Session, segment: Option<String>, limit: Option<u32>
 }
 
 async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Failure> {
-    let CreateArguments { name, segment, vm, cron, timezone, keep, dry_run } = arguments;
+    let CreateArguments { name, segment, vm, cron, timezone, keep, no_memory, filesystem, dry_run } =
+        arguments;
+    let extent = match (no_memory, filesystem) {
+        (true, _) => SnapshotExtent::Disk,
+        (false, true) => SnapshotExtent::Filesystem,
+        (false, false) => SnapshotExtent::Machine,
+    };
     let vm = vm.map(|vm| vm.as_str().to_owned());
-    let wish = CreateSchedule { name, segment, vm, cron, timezone: Some(timezone), keep };
+    let wish = CreateSchedule { name, segment, vm, cron, timezone: Some(timezone), keep, extent };
     let report = session.send::<ScheduleCreate>(&Nothing {}, &query(dry_run), &wish).await?;
     let name = &report.schedule.name;
     if dry_run.dry_run {
@@ -317,6 +330,7 @@ fn in_words(report: &ScheduleReport) -> String {
         .with("id", &schedule.id)
         .with("cron", format!("{} ({})", schedule.cron, schedule.timezone))
         .with("keeps", schedule.keep)
+        .with("extent", word(&schedule.extent))
         .with("paused", if schedule.paused { "yes" } else { "no" })
         .with_some("held", report.held.as_ref())
         .with("next runs", if next.is_empty() { "none".to_owned() } else { next.join(", ") })

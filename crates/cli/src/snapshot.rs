@@ -270,12 +270,7 @@ pub fn facts_in_words(facts: &SnapshotFacts) -> String {
     let total = units::millis(facts.total_ms);
     let paused = units::micros(facts.paused_us);
     let cost = match (facts.has_memory, facts.quiesced) {
-        (true, _) => {
-            let slower = facts.guest_slowdown_percent.filter(|percent| *percent > 0);
-            let slower =
-                slower.map_or_else(String::new, |percent| format!(" and {percent} % slower meanwhile"));
-            format!("guest paused {paused}{slower}")
-        }
+        (true, _) => format!("guest paused {paused}"),
         (false, true) => format!("disk only, file systems frozen for {paused}"),
         (false, false) if facts.paused_us > 0 => format!("disk only, writes held for {paused}"),
         (false, false) => "disk only".to_owned(),

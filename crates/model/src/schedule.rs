@@ -14,6 +14,7 @@ pub mod retention;
 use serde::{Deserialize, Serialize};
 
 use crate::name::{NAME_CHARS_MAX, Name};
+use crate::snapshot::SnapshotExtent;
 use crate::{OperationId, ScheduleId, SegmentId, SnapshotId, Timestamp, UserId, VmId};
 
 pub use cron::{Cron, Zone};
@@ -39,6 +40,9 @@ pub struct Schedule {
     pub timezone: Zone,
     /// What is kept of the snapshots that it takes.
     pub keep: Keep,
+    /// How much of a VM they hold.
+    #[serde(default)]
+    pub extent: SnapshotExtent,
     /// It does nothing.
     pub paused: bool,
     /// Who answers for it: whoever made or changed it last. It does what this user may do at the time of a run.

@@ -2,6 +2,7 @@
 
 use berth_model::name::Name;
 use berth_model::schedule::{Cron, Keep, Part, Schedule, Zone};
+use berth_model::snapshot::SnapshotExtent;
 use berth_model::{SnapshotId, Timestamp, VmId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -38,6 +39,9 @@ pub struct CreateSchedule {
     pub timezone: Option<Zone>,
     /// What is kept of what it takes.
     pub keep: Keep,
+    /// How much of a VM each snapshot is to hold.
+    #[serde(default)]
+    pub extent: SnapshotExtent,
 }
 
 /// A change of a schedule; what is absent stays.

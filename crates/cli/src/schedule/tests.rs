@@ -2,6 +2,7 @@ use super::*;
 use crate::fake::Fake;
 use berth_api::manager::Page;
 use berth_model::schedule::{Part, ScheduleStatus};
+use berth_model::snapshot::SnapshotExtent;
 use berth_model::{SegmentId, SnapshotId, Timestamp, UserId, VmId};
 use clap::Parser as _;
 
@@ -16,6 +17,7 @@ fn schedule(name: &str, segment: u8) -> Schedule {
         cron: "0 2 * * *".parse().expect("a cron"),
         timezone: Zone::UTC,
         keep: "daily=7,weekly=4".parse().expect("a rule"),
+        extent: SnapshotExtent::Machine,
         paused: false,
         owner: UserId::from_entropy([1; 10]),
         created_at: NOW,

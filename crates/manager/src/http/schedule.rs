@@ -58,6 +58,7 @@ async fn create(call: Call<ScheduleCreate, ToSchedule>) -> Result<Answer<Schedul
         cron: wish.cron,
         timezone: wish.timezone.unwrap_or(Zone::UTC),
         keep: wish.keep,
+        extent: wish.extent,
         paused: false,
         owner,
         created_at: now,

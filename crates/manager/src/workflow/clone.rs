@@ -165,6 +165,7 @@ fn first(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot) -> Captur
         vm: vm.id.clone(),
         name: BASELINE_NAME.parse().expect("a good name"),
         kind: SnapshotKind::Baseline,
+        occasion: None,
         parent: None,
         pinned: true,
         note,

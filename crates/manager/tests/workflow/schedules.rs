@@ -10,7 +10,7 @@ use berth_manager::cluster::Cluster;
 use berth_manager::operations::{Filter, OperationRequest};
 use berth_manager::records::{Transaction, UniqueName};
 use berth_model::schedule::{Outcome, Part, Schedule, ScheduleStatus, Tally, Zone};
-use berth_model::snapshot::SnapshotKind;
+use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::{GrantId, ScheduleId, SegmentId, Timestamp, UserId, VmId};
 
 use crate::world::{MortalStore, Pools, World, done, quiet, running_vm, until};
@@ -124,6 +124,7 @@ async fn add_schedule(cluster: &Cluster, cron: &str, keep: &str) -> ScheduleId {
         cron: cron.parse().unwrap(),
         timezone: Zone::UTC,
         keep: keep.parse().unwrap(),
+        extent: SnapshotExtent::Machine,
         paused: false,
         owner: owner(),
         created_at: now,
@@ -239,14 +240,12 @@ async fn a_schedule_goes_with_its_vm_and_what_is_pinned_stays() {
     let (stage, vms) = Stage::new(1, "0 * * * *", "last=1").await;
     stage.runs(1).await;
     let first = stage.cluster().records.snapshots_of(&vms[0]).last().expect("one").value.clone();
-    let key = format!("{}/{}", first.vm, first.id);
-    let pinned = stage.cluster().records.update::<berth_model::snapshot::Snapshot, berth_model::Problem>(
-        &key,
-        |row| {
+    let id = format!("{}/{}", first.vm, first.id);
+    let pinned =
+        stage.cluster().records.update::<berth_model::snapshot::Snapshot, berth_model::Problem>(&id, |row| {
             row.pinned = true;
             Ok(())
-        },
-    );
+        });
     pinned.await.expect("pinned");
     let own =
         stage.cluster().records.update::<Schedule, berth_model::Problem>(stage.schedule.as_str(), |row| {

@@ -13,6 +13,7 @@ fn schedule(cron: &str, made: &str) -> Schedule {
         cron: cron.parse().expect("a cron"),
         timezone: "Europe/Berlin".parse().expect("a zone"),
         keep: "daily=7".parse().expect("a rule"),
+        extent: SnapshotExtent::Machine,
         paused: false,
         owner: UserId::from_entropy([1; 10]),
         created_at: at(made),

@@ -11,7 +11,7 @@ use berth_model::image::Image;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationKind, OperationState, Progress};
 use berth_model::schedule::{Schedule, ScheduleStatus, Zone};
-use berth_model::snapshot::{Snapshot, SnapshotFacts, SnapshotKind};
+use berth_model::snapshot::{Snapshot, SnapshotExtent, SnapshotFacts, SnapshotKind};
 use berth_model::vm::Vm;
 use berth_model::{
     ApprovalId, GrantId, ImageId, OperationId, PolicyId, RoleId, ScheduleId, SegmentId, SnapshotId, TeamId,
@@ -256,6 +256,7 @@ pub fn schedule(cluster: &Cluster, owner: &User, segment: &Segment, called: &str
         cron: "0 2 * * *".parse().expect("a cron"),
         timezone: Zone::UTC,
         keep: "daily=7".parse().expect("a rule"),
+        extent: SnapshotExtent::Machine,
         paused: false,
         owner: owner.id.clone(),
         created_at: NOW,

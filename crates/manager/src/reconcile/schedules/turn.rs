@@ -6,7 +6,7 @@ use std::time::Duration;
 use berth_model::access::Action;
 use berth_model::operation::{Operation, OperationResult, OperationState};
 use berth_model::schedule::{Occasion, Outcome, Part, Schedule, ScheduleRun, snapshot_name};
-use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
+use berth_model::snapshot::SnapshotKind;
 use berth_model::vm::{Vm, VmState};
 use berth_model::{OperationId, Problem, ProblemCode, ScheduleId, SnapshotId, VmId};
 
@@ -160,7 +160,7 @@ impl Turn {
             occasion: Some(Occasion { schedule: self.schedule.clone(), due_at: self.run.due_at }),
             name,
             note: String::new(),
-            extent: SnapshotExtent::Machine,
+            extent: schedule.extent,
         }
     }
 
