@@ -23,11 +23,12 @@ const LONG: &[(&str, &str)] = &[];
 const ARROWS: &[(&str, &[&str])] = &[
     ("berth-qmp", &[]),
     ("berth-stream", &[]),
+    ("berth-inspect", &[]),
     ("berth-model", &[]),
     ("berth-api", &["berth-model"]),
     ("berth-store", &["berth-model"]),
     ("berth-tlog", &[]),
-    ("berth-agent", &["berth-qmp", "berth-stream", "berth-model", "berth-api"]),
+    ("berth-agent", &["berth-qmp", "berth-stream", "berth-inspect", "berth-model", "berth-api"]),
     ("berth-manager", &["berth-model", "berth-api", "berth-store", "berth-tlog"]),
     ("berth-cli", &["berth-api", "berth-model", "berth-manager", "berth-agent", "berth-tlog"]),
     (
