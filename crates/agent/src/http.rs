@@ -24,7 +24,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 
 use crate::agent::Agent;
-use crate::snapshot::deletion;
+use crate::snapshot::{self, deletion};
 
 mod console;
 mod image;
@@ -53,6 +53,9 @@ pub fn router(agent: &Arc<Agent>) -> Router {
     });
     router = json::<contract::TaskCancel, _, _>(router, agent, |agent, path, Nothing {}, ()| async move {
         agent.tasks().cancel(&path.task)
+    });
+    router = json::<contract::SnapshotCompare, _, _>(router, agent, |agent, path, query, ()| async move {
+        snapshot::compare(&agent, path, query).await
     });
     router = mount::<contract::AgentMetrics, _, _>(router, agent, |agent, _| async move {
         let text = crate::metrics::text(&agent);

@@ -33,6 +33,7 @@ mod base;
 pub mod capture;
 pub mod clone;
 pub mod deletion;
+mod diff;
 mod disk;
 mod held;
 pub mod identity;
@@ -47,6 +48,7 @@ mod restore;
 mod slowdown;
 mod working_set;
 
+pub use diff::compare;
 pub use ready::{Warm, drop_ready, drop_unwanted, make_ready};
 pub use restore::{Target, restore};
 

@@ -8,6 +8,7 @@
 //! Routes under `/v1/peer` are for other hosts of the cluster, all others for the manager alone; the certificate says
 //! who asks.
 
+use berth_model::diff::SnapshotDiff;
 use berth_model::host::Inventory;
 use berth_model::image::{Image, PartRole};
 use berth_model::migration::MigrationReport;
@@ -448,6 +449,28 @@ pub struct MigrationPath {
     pub migration: OperationId,
 }
 
+/// Two snapshots of a VM, in a path.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ComparePath {
+    /// The VM.
+    pub vm: VmId,
+    /// The earlier snapshot.
+    pub from: SnapshotId,
+    /// The later one.
+    pub to: SnapshotId,
+}
+
+/// How to compare two snapshots.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CompareQuery {
+    /// Read all files, also those whose size and times agree.
+    #[serde(default)]
+    pub content: Option<bool>,
+    /// How many changes of files to list; all are counted.
+    #[serde(default)]
+    pub list: Option<usize>,
+}
+
 crate::endpoints! {
     /// What this host has and can do.
     InventoryShow: GET "/v1/inventory", Json, HostView, path Nothing, query Nothing, body (), reply Inventory;
@@ -463,6 +486,8 @@ crate::endpoints! {
     ConsoleOpen: GET "/v1/vms/{vm}/console", WebSocket, VmConsole, path AgentVmPath, query Nothing, body (), reply ();
     /// What deleting a snapshot would free and cost.
     DeletionForecast: GET "/v1/vms/{vm}/snapshots/{snapshot}/deletion", Json, SnapshotView, path AgentSnapshotPath, query Nothing, body (), reply DeletionFacts;
+    /// What differs between two snapshots of a VM. Takes as long as reading the directories of its disk.
+    SnapshotCompare: GET "/v1/vms/{vm}/snapshots/{from}/compare/{to}", Json, SnapshotDiff, path ComparePath, query CompareQuery, body (), reply SnapshotDiff;
     /// Put a part of an image into a pool, checking it.
     PoolImageUpload: PUT "/v1/pools/{pool}/images/{image}/parts/{role}", Upload, ImageImport, path PoolImagePath, query PartQuery, body (), reply StoredPart;
     /// The agent's metrics, in Prometheus' text format.

@@ -411,6 +411,23 @@ pub struct CreateSnapshot {
     pub extent: SnapshotExtent,
 }
 
+/// What to compare a snapshot with, and how.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct DiffQuery {
+    /// The later snapshot (id or name); none: the one that the VM is at.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// Read all files, also those whose size and times agree.
+    #[serde(default)]
+    pub content: Option<bool>,
+    /// How many changes of files to list, at most [`DIFF_LIST_MAX`]; all are counted.
+    #[serde(default)]
+    pub limit: Option<u32>,
+}
+
+/// Most changes of files that one answer lists.
+pub const DIFF_LIST_MAX: u32 = 10_000;
+
 /// Where to put a VM back to.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 pub struct RestoreVm {
@@ -683,6 +700,8 @@ crate::endpoints! {
     SnapshotUnpin: POST "/v1/vms/{vm}/snapshots/{snapshot}/unpin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
     /// Make a new VM from a snapshot, running as the snapshot's VM was then.
     SnapshotClone: POST "/v1/vms/{vm}/snapshots/{snapshot}/clone", Json, SnapshotClone, path SnapshotPath, query ChangeQuery, body CloneSnapshot, reply OperationRef;
+    /// What differs between this snapshot of a VM and another one.
+    SnapshotDiff: GET "/v1/vms/{vm}/snapshots/{snapshot}/diff", Json, SnapshotDiff, path SnapshotPath, query DiffQuery, body (), reply berth_model::diff::SnapshotDiff;
     /// Put a VM back to a snapshot, running as it was then.
     VmRestore: POST "/v1/vms/{vm}/restore", Json, SnapshotRestore, path VmPath, query ChangeQuery, body RestoreVm, reply OperationRef;
 

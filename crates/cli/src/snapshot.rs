@@ -1,6 +1,7 @@
 //! `berth snapshot`: VMs at one instant, and back to it.
 
 mod clone;
+mod diff;
 mod tree;
 
 use berth_api::endpoint::Nothing;
@@ -40,6 +41,8 @@ pub enum Verb {
     },
     /// Show a snapshot
     Show(Which),
+    /// Show what differs between two snapshots: files, memory, configuration
+    Diff(diff::Arguments),
     /// Put a VM back to a snapshot, running as it was then; an undo snapshot is taken first. With --clone: make a new VM
     /// of it instead
     Restore(RestoreArguments),
@@ -69,7 +72,7 @@ pub enum Verb {
 }
 
 /// A snapshot of a VM.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Which {
     /// The VM
     vm: VmRef,
@@ -141,6 +144,7 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
             let snapshot = find(session, &which).await?;
             session.output.one(&snapshot, || facts(&snapshot))
         }
+        Verb::Diff(arguments) => diff::run(session, arguments).await,
         Verb::Restore(arguments) => {
             let RestoreArguments { vm, snapshot, no_undo, paused, clone, change } = arguments;
             if clone.is_wanted() {

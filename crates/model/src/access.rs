@@ -155,6 +155,8 @@ actions! {
     VmConsole = "vm.console" in Data;
     /// Run commands in the guest.
     VmExec = "vm.exec" in Data;
+    /// See what differs between snapshots: names of files are the guest's data.
+    SnapshotDiff = "snapshot.diff" in Data;
     /// Read memory images: all that a guest knew at that moment.
     SnapshotMemory = "snapshot.memory" in Data;
     /// Make VMs.

@@ -5,7 +5,7 @@
 //! command line.
 //!
 //! Read in this order: [`id`] and [`name`] (what things are called), [`time`], [`problem`] (how a refusal is said),
-//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`schedule`], [`migration`], [`operation`], and last the rules that
+//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`diff`], [`schedule`], [`migration`], [`operation`], and last the rules that
 //! join them: [`access`] and [`placement`].
 
 pub mod id;
@@ -14,6 +14,7 @@ pub mod time;
 
 pub mod problem;
 
+pub mod diff;
 pub mod host;
 pub mod image;
 pub mod migration;

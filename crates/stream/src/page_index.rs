@@ -47,7 +47,7 @@ impl PageHash {
 }
 
 /// Hashes pages under one key.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PageHasher {
     key: [u8; KEY_BYTES],
 }

@@ -12,7 +12,7 @@ use http::HeaderMap;
 use http::header::IF_MATCH;
 use http::request::Parts;
 
-use super::target::{self, Located, TheHost, TheImage, TheSegment, TheVm};
+use super::target::{self, Located, TheHost, TheImage, TheSegment, TheSnapshot, TheVm};
 use super::{Arrival, Gate, Input};
 use crate::audit::Named;
 use crate::auth::{Principal, UserPrincipal};
@@ -140,6 +140,15 @@ impl Ctx {
     /// That it is not there, or that the caller may not: told apart only for who could touch it if it were there.
     pub fn vm(&self, name: &str, action: Action) -> Result<TheVm, Problem> {
         self.checked(target::vm(self.cluster(), name), action, &target::absent_vm(name))
+    }
+
+    /// A further snapshot of a VM that the request names.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn snapshot(&self, vm: &str, name: &str, action: Action) -> Result<TheSnapshot, Problem> {
+        let found = target::named_snapshot(self.cluster(), vm, name);
+        self.checked(found, action, &target::absent_vm(vm))
     }
 
     /// A further host that the request names.

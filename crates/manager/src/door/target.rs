@@ -97,8 +97,7 @@ pub struct TheSnapshot {
 impl<E: Endpoint<Path = SnapshotPath>> Target<E> for TheSnapshot {
     const KIND: ResourceKind = ResourceKind::Snapshot;
     fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
-        let named = RestoreVm { snapshot: Some(input.path.snapshot.clone()), ..RestoreVm::default() };
-        snapshot(cluster, &input.path.vm, &named)
+        named_snapshot(cluster, &input.path.vm, &input.path.snapshot)
     }
 }
 
@@ -112,6 +111,12 @@ impl Target<VmRestore> for ToRestore {
         let found = snapshot(cluster, &input.path.vm, &input.body)?;
         Ok(Located { resource: found.resource, target: Self(found.target) })
     }
+}
+
+/// A snapshot of a VM by id or name.
+pub fn named_snapshot(cluster: &Cluster, vm_name: &str, name: &str) -> Result<Located<TheSnapshot>, Problem> {
+    let named = RestoreVm { snapshot: Some(name.to_owned()), ..RestoreVm::default() };
+    snapshot(cluster, vm_name, &named)
 }
 
 /// A snapshot of a VM, as a restore would have it.

@@ -1,8 +1,12 @@
 //! Snapshots: seeing them, taking and deleting them, and saying which one is the baseline.
 
+use std::time::Duration;
+
+use berth_api::ClientError;
+use berth_api::agent::{ComparePath, CompareQuery, SnapshotCompare};
 use berth_api::manager::{
-    OperationRef, Page, SnapshotClone, SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotPin,
-    SnapshotShow, SnapshotUnpin,
+    DIFF_LIST_MAX, OperationRef, Page, SnapshotClone, SnapshotCreate, SnapshotDelete, SnapshotDiff,
+    SnapshotList, SnapshotPin, SnapshotShow, SnapshotUnpin,
 };
 use berth_model::access::Action;
 use berth_model::operation::OperationKind;
@@ -17,13 +21,27 @@ use crate::door::{Answer, Call, Door};
 use crate::operations::{Begin, OperationRequest};
 use crate::policy::Resource;
 use crate::records::{RecordsError, Transaction};
+use crate::workflow::vm::reachable_host;
 
+/// How long an agent may take to compare two snapshots: a disk with a million files takes about a minute, one of which all
+/// content is read as long as reading it takes.
+const COMPARE_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Longest note on a snapshot, in characters.
 const NOTE_CHARS_MAX: usize = 1000;
 
+/// How many changes of files a diff lists when nobody says.
+const DIFF_LIST_DEFAULT: u32 = 200;
+
 /// Mounts the routes of this file.
 pub fn mount(door: Door) -> Door {
-    door.mount(show_all).mount(create).mount(show).mount(delete).mount(pin).mount(unpin).mount(clone)
+    door.mount(show_all)
+        .mount(create)
+        .mount(show)
+        .mount(diff)
+        .mount(delete)
+        .mount(pin)
+        .mount(unpin)
+        .mount(clone)
 }
 
 async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
@@ -48,6 +66,29 @@ async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapsho
 async fn show(call: Call<SnapshotShow, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {
     let snapshot = call.target.snapshot;
     Ok(Answer::new(snapshot.value.clone()).at(snapshot.revision))
+}
+
+async fn diff(
+    call: Call<SnapshotDiff, TheSnapshot>,
+) -> Result<Answer<berth_model::diff::SnapshotDiff>, Problem> {
+    let (cluster, query) = (call.ctx.cluster(), &call.input.query);
+    let TheSnapshot { vm, snapshot } = &call.target;
+    let list = query.limit.unwrap_or(DIFF_LIST_DEFAULT);
+    if list > DIFF_LIST_MAX {
+        return Err(Problem::field("limit", list, format!("at most {DIFF_LIST_MAX}")));
+    }
+    let to = match (&query.to, &vm.status.at_snapshot) {
+        (Some(name), _) => name.as_str(),
+        (None, Some(at)) => at.as_str(),
+        (None, None) => return Err(Problem::field("to", "", "the name of a snapshot")),
+    };
+    let to = call.ctx.snapshot(vm.value.id.as_str(), to, Action::SnapshotDiff)?.snapshot;
+    let host = reachable_host(cluster, vm)?;
+    let (from, to) = (snapshot.value.id.clone(), to.value.id.clone());
+    let path = ComparePath { vm: vm.value.id.clone(), from, to };
+    let query = CompareQuery { content: query.content, list: usize::try_from(list).ok() };
+    let compared = cluster.agents.call::<SnapshotCompare>(&host, &path, &query, &(), COMPARE_TIMEOUT).await;
+    compared.map(Answer::new).map_err(ClientError::into_problem)
 }
 
 async fn create(call: Call<SnapshotCreate, TheVm>) -> Result<Answer<OperationRef>, Problem> {

@@ -45,6 +45,7 @@ pub const BUILT_IN_ROLES: [BuiltInRole; 7] = [
         groups: &[ActionGroup::View, ActionGroup::Operate],
         besides: &[
             Action::VmConsole,
+            Action::SnapshotDiff,
             Action::VmCreate,
             Action::VmConfigure,
             Action::VmDelete,
@@ -113,11 +114,12 @@ mod tests {
     }
 
     #[test]
-    fn reading_all_of_a_vm_comes_by_the_way_with_no_role_but_the_console_for_who_makes_vms() {
+    fn reading_all_of_a_vm_comes_by_the_way_with_no_role_but_consoles_and_diffs_for_who_makes_vms() {
         for role in BUILT_IN_ROLES.iter().filter(|role| role.name != "admin") {
             let data: Vec<Action> =
                 role.actions().filter(|action| action.group() == ActionGroup::Data).collect();
-            let expected = if role.name == "configurator" { vec![Action::VmConsole] } else { Vec::new() };
+            let is_maker = role.name == "configurator";
+            let expected = if is_maker { vec![Action::VmConsole, Action::SnapshotDiff] } else { Vec::new() };
             assert_eq!(data, expected, "{}", role.name);
         }
     }

@@ -82,7 +82,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "GrantDelete" | "ApprovalApprove" | "ApprovalDeny" => (Either, "", ""),
         "SegmentShow" | "SegmentDelete" | "ImageShow" | "ImagePartUpload" | "ImageDelete" | "VmShow"
         | "VmConsole" | "SnapshotList" | "SnapshotShow" | "SnapshotPin" | "SnapshotUnpin"
-        | "OperationShow" | "OperationEvents" | "OperationCancel" => (Segment, "", ""),
+        | "SnapshotDiff" | "OperationShow" | "OperationEvents" | "OperationCancel" => (Segment, "", ""),
         "OperationWait" => (Segment, "?wait_ms=0", ""),
         "SegmentUpdate" => (Segment, "", "{}"),
         "ScheduleCreate" => (
