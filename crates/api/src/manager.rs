@@ -9,7 +9,7 @@ use berth_model::image::{Image, ImagePart, PartRole};
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
 use berth_model::schedule::Schedule;
-use berth_model::snapshot::{Snapshot, SnapshotExtent};
+use berth_model::snapshot::Snapshot;
 use berth_model::vm::{Nic, Vm};
 use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,7 @@ mod access;
 mod audit;
 mod login;
 mod schedule;
+mod snapshot;
 
 pub use access::*;
 pub use audit::{
@@ -29,6 +30,7 @@ pub use audit::{
 };
 pub use login::*;
 pub use schedule::{CreateSchedule, Doomed, ScheduleListQuery, ScheduleReport, ScheduledVm, UpdateSchedule};
+pub use snapshot::{CloneSnapshot, CreateSnapshot, DIFF_LIST_MAX, DiffQuery, RestoreVm};
 
 /// Longest page of a list.
 pub const PAGE_LIMIT_MAX: u32 = 5000;
@@ -395,71 +397,6 @@ pub struct MigrateVm {
     /// Most bytes a second to send; none: as the link takes.
     #[serde(default)]
     pub bandwidth_bytes_per_second: Option<u64>,
-}
-
-/// Wish for a snapshot.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-pub struct CreateSnapshot {
-    /// Its name; none: made of the time.
-    #[serde(default)]
-    pub name: Option<Name>,
-    /// A word about it.
-    #[serde(default)]
-    pub note: String,
-    /// How much of the VM it is to hold.
-    #[serde(default)]
-    pub extent: SnapshotExtent,
-}
-
-/// What to compare a snapshot with, and how.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct DiffQuery {
-    /// The later snapshot (id or name); none: the one that the VM is at.
-    #[serde(default)]
-    pub to: Option<String>,
-    /// Read all files, also those whose size and times agree.
-    #[serde(default)]
-    pub content: Option<bool>,
-    /// How many changes of files to list, at most [`DIFF_LIST_MAX`]; all are counted.
-    #[serde(default)]
-    pub limit: Option<u32>,
-}
-
-/// Most changes of files that one answer lists.
-pub const DIFF_LIST_MAX: u32 = 10_000;
-
-/// Where to put a VM back to.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-pub struct RestoreVm {
-    /// The snapshot (id or name); none: the baseline.
-    #[serde(default)]
-    pub snapshot: Option<String>,
-    /// Don't take an undo snapshot first.
-    #[serde(default)]
-    pub no_undo: bool,
-    /// Go back to the newest undo snapshot, which takes back the newest restore; no snapshot is named then.
-    #[serde(default)]
-    pub newest_undo: bool,
-    /// Hold the guest afterwards, though it ran then.
-    #[serde(default)]
-    pub paused: bool,
-}
-
-/// Wish for a new VM that is made from a snapshot.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct CloneSnapshot {
-    /// The new VM's name.
-    pub name: Name,
-    /// The segment that it is to be in (id or name); none: the snapshot's. In another segment nothing is shared, and it
-    /// takes `snapshot.memory` on the snapshot as well.
-    #[serde(default)]
-    pub segment: Option<String>,
-    /// Start from the snapshot's disk alone, as after a power cut.
-    #[serde(default)]
-    pub cold: bool,
-    /// Hold the guest where the snapshot left it.
-    #[serde(default)]
-    pub paused: bool,
 }
 
 /// An operation that was begun, or, when only tried, would have been.
