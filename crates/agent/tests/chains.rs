@@ -181,19 +181,17 @@ async fn whatever_dies_in_a_merge_the_vm_and_its_snapshots_are_whole_and_it_is_m
         until_chain_is(&host, &vm, 2).await;
         assert_tidy(&host, &vm);
     }
-    // And QEMU.
-    for delay_ms in [1000, 1050, 1100] {
-        host.probe(&vm.id).write(1).expect("files");
-        written += 1;
-        let taken = take(&host, &vm).await;
-        delete(&host, &vm, taken).await;
-        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
-        host::kill(host.pid(&vm.id).expect("a process"));
-        host.until_stopped(&vm.id).await;
-        host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
-        host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
-        verify(&host, &vm, written);
-        until_chain_is(&host, &vm, 2).await;
-        assert_tidy(&host, &vm);
-    }
+    // And QEMU. Once: the guest's ext2 has no journal, and is not to be written to after its power was cut.
+    host.probe(&vm.id).write(1).expect("files");
+    written += 1;
+    let taken = take(&host, &vm).await;
+    delete(&host, &vm, taken).await;
+    tokio::time::sleep(Duration::from_millis(1050)).await;
+    host::kill(host.pid(&vm.id).expect("a process"));
+    host.until_stopped(&vm.id).await;
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+    verify(&host, &vm, written);
+    until_chain_is(&host, &vm, 2).await;
+    assert_tidy(&host, &vm);
 }

@@ -230,6 +230,9 @@ pub async fn carry_out(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem>
         discard(vm, merge).await?;
         return Err(vm.wrong_state("a VM whose process can be spoken to, or none"));
     }
+    // A process that was made ready for a restore has the old layers open, a record that names them, and a layer of its
+    // own that is on no record yet.
+    super::drop_ready(vm).await;
     finish_begun(vm).await?;
     let (dirs, live, wanted) = (vm.dirs()?.clone(), vm.chain()?.to_vec(), merge.clone());
     let named = blocking(move || name(&dirs, &live, &wanted)).await;
