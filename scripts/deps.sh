@@ -24,6 +24,7 @@ has_library() { test -n "$(find /usr/lib /usr/lib64 -maxdepth 2 -name "$1" 2> /d
 
 need qemu-system-x86 "runs virtual machines" has qemu-system-x86_64
 need qemu-utils "makes and checks disk images" has qemu-img
+need e2fsprogs "makes file systems for the tests" has mke2fs
 need iproute2 "connects virtual machines to bridges" has ip
 need gcc "compiles the C parts of dependencies" has cc
 need libc6-dev "links the guest's probe statically" has_library libc.a

@@ -12,7 +12,7 @@
 //!
 //! We do this and not QEMU's `block-commit` or `block-stream`, nor `qemu-img`: those write into a layer that is there, and
 //! frozen layers are never written again, for snapshots and clones lie on them. See
-//! `docs/decisions/0013-merging-layers.md`.
+//! `docs/decisions/0011-merging-layers.md`.
 
 use std::fs::{File, OpenOptions};
 use std::io;
