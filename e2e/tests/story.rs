@@ -13,6 +13,22 @@ use guest_probe::memory::{Rewrite, Settings};
 
 const WORK: Settings = Settings { memory_mib: 64, rate_mib_s: 5, hot_mib: 0, rewrite: Rewrite::Whole };
 
+/// What the guest wrote since its baseline is found from outside, and nothing stays of the looking.
+fn differs_from_the_baseline(cluster: &Cluster) -> Result<()> {
+    let diff = cluster.berth.run(&["snapshot", "diff", "books", "baseline", "now", "--limit", "5"])?;
+    let found = &diff["file_systems"][0];
+    ensure!(found["added"].as_u64().is_some_and(|added| added >= 20), "20 files are new: {diff}");
+    ensure!(found["changes"].as_array().is_some_and(|listed| listed.len() == 5), "five are listed: {diff}");
+    ensure!(diff["memory"]["changed_pages"].as_u64().is_some_and(|pages| pages > 0), "memory: {diff}");
+    ensure!(
+        diff["unread"] == serde_json::json!([]) && diff["configuration"] == serde_json::json!([]),
+        "{diff}"
+    );
+    let left = cluster.berth.run(&["snapshot", "list", "books"])?;
+    ensure!(left.as_array().is_some_and(|left| left.len() == 1), "only the baseline is left: {left}");
+    Ok(())
+}
+
 fn story(pool: Pool) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let cluster = up(folder.path(), 2)?;
@@ -21,6 +37,7 @@ fn story(pool: Pool) -> Result<()> {
     guest.probe.set(WORK, Duration::from_secs(60))?;
     guest.probe.write(20)?;
     guest.verify()?;
+    differs_from_the_baseline(&cluster)?;
 
     let mut console = Console::attach(&cluster.berth, "books")?;
     console.ask("before")?;

@@ -175,18 +175,14 @@ async fn a_merge_that_is_cut_off_at_any_step_is_carried_out_by_the_next_agent() 
     let run: Vec<String> = old_chain.iter().filter(|layer| !chain.contains(layer)).cloned().collect();
     assert_eq!(run, old_chain[1..=2]);
     let layer_file = |layer: &String| Path::new("layers").join(format!("{layer}.qcow2"));
-    let manifests: Vec<PathBuf> = story.taken.iter().map(|(snapshot, _)| story.manifest(snapshot)).collect();
-    let manifests: Vec<PathBuf> = manifests
-        .iter()
-        .map(|path| path.strip_prefix(story.directory()).expect("inside").to_owned())
-        .collect();
+    let within = |path: PathBuf| path.strip_prefix(story.directory()).expect("inside").to_owned();
+    let manifests: Vec<PathBuf> =
+        story.taken.iter().map(|(taken, _)| within(story.manifest(taken))).collect();
     let steps = 4 + manifests.len() + run.len();
     for cut in 0..=steps {
         let there = story.directory();
         copy_tree(&before, &there);
-        let take_over = |file: &Path| {
-            run_copy(&after.join(file), &there.join(file));
-        };
+        let take_over = |file: &Path| run_copy(&after.join(file), &there.join(file));
         if cut == 0 {
             let half = std::fs::read(after.join(layer_file(&result))).expect("read");
             let unfinished = there.join("layers").join(format!("{result}.qcow2.unfinished"));

@@ -150,12 +150,12 @@ impl ext4_view::Ext4Read for VolumeReader {
     fn read(
         &mut self,
         start_byte: u64,
-        dst: &mut [u8],
+        target: &mut [u8],
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
-        let end = start_byte.checked_add(dst.len() as u64).unwrap_or(u64::MAX);
+        let end = start_byte.checked_add(target.len() as u64).unwrap_or(u64::MAX);
         if end > self.length {
             return Err(Box::new(DiskError::End { offset: end, end: self.length }));
         }
-        Ok(self.disk.borrow_mut().read_at(self.start + start_byte, dst)?)
+        Ok(self.disk.borrow_mut().read_at(self.start + start_byte, target)?)
     }
 }
