@@ -113,7 +113,7 @@ impl Disk {
     /// # Errors
     /// When it goes beyond the end, or a layer can't be read.
     pub fn read_at(&mut self, mut offset: u64, mut bytes: &mut [u8]) -> Result<(), DiskError> {
-        let end = offset.checked_add(bytes.len() as u64).unwrap_or(u64::MAX);
+        let end = offset.saturating_add(bytes.len() as u64);
         if end > self.size_bytes {
             return Err(DiskError::End { offset: end, end: self.size_bytes });
         }

@@ -152,7 +152,7 @@ impl ext4_view::Ext4Read for VolumeReader {
         start_byte: u64,
         target: &mut [u8],
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
-        let end = start_byte.checked_add(target.len() as u64).unwrap_or(u64::MAX);
+        let end = start_byte.saturating_add(target.len() as u64);
         if end > self.length {
             return Err(Box::new(DiskError::End { offset: end, end: self.length }));
         }

@@ -23,6 +23,7 @@ use berth_api::agent::{NextRestore, TaskSpec, VmDefinition};
 use berth_model::vm::PortForward;
 use berth_model::{LayerId, Problem, SnapshotId};
 use berth_qmp::Qmp;
+use berth_qmp::commands::QueryStatus;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
@@ -318,8 +319,12 @@ impl Warm {
         let (reply, made) = oneshot::channel();
         self.claim.take()?.send(reply).ok()?;
         let ready = made.await.ok()?.ok()?;
-        let lives = ready.machine.as_ref().is_none_or(|machine| !machine.process().has_exited());
-        lives.then_some(ready)
+        // One that died meanwhile may not have been seen to: asking it takes a fraction of a millisecond, and a restore that
+        // begins with a dead process stops the VM.
+        if let Some(machine) = &ready.machine {
+            machine.qmp().call(QueryStatus {}).await.ok()?;
+        }
+        Some(ready)
     }
 
     /// Whether it is for this restore.

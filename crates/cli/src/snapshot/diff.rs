@@ -182,7 +182,7 @@ mod tests {
             … and 1 more (--limit)\n\
             ~ configuration memory_mib: '256' is now '512'\n\
             ? p2: no ext2, ext3 or ext4 file system\n\
-            files: 2 added, 0 removed, 1 modified; disk: 3 MiB written; \
+            files: 2 added, 0 removed, 1 modified; disk: 3.0 MiB written; \
             memory: 12 of 65536 pages changed; configuration: 1 changed";
         assert_eq!(in_words(&diff), expected);
     }

@@ -173,7 +173,7 @@ mod tests {
         let expected = "\
 NAME                KIND      TAKEN                 PAUSED   OWN      SHARED   HELD      NOTE
 baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           baseline
-├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  12.0 MiB 410 MiB            month end
+├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  12 MiB 410 MiB            month end
 │  ├─ undo-1        undo      2026-11-22 13:05:55Z  12.3 ms  410 MiB                     until 2026-11-23 13:05:52Z
 │  └─ NOW           running
 └─ later            manual    2026-11-22 13:05:56Z  12.3 ms  410 MiB";
