@@ -40,6 +40,10 @@ pub const NICS_MAX: usize = 8;
 /// Longest cloud-init user data in bytes: the limit of the large clouds, so that images don't rely on more.
 pub const USER_DATA_BYTES_MAX: usize = 16 * 1024;
 
+/// The trouble of a VM whose network is off until its guest has addresses of its own: the only one that ends by itself.
+pub const NETWORK_OFF: &str = "its network is off: the guest still has the addresses of the VM that it was cloned from, \
+    and has no guest agent that could tell it its own: 'berth vm restart' lets it begin anew with them";
+
 /// A network interface of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Nic {

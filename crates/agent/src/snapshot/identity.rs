@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use berth_api::agent::VmDefinition;
 use berth_model::host::NetworkMode;
-use berth_model::vm::Nic;
+use berth_model::vm::{NETWORK_OFF, Nic};
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::QmpError;
 use berth_qmp::guest_agent::GuestAgent;
@@ -39,10 +39,6 @@ const SCRIPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// First and longest pause between two tries: a guest agent that comes up late is worth waiting for, one that never
 /// comes costs next to nothing.
 const TRY_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
-
-/// What is said of a VM whose network stays off.
-const ISOLATED: &str = "its network is off: the guest still has the addresses of the VM that it was cloned from, and has \
-    no guest agent that could tell it its own: 'berth vm restart' lets it begin anew with them";
 
 /// The VM with the interfaces as its guest knows them: what a network of QEMU's own has to be made for.
 ///
@@ -102,7 +98,7 @@ pub async fn isolate(vm: &mut VmRuntime) -> Result<(), Problem> {
         return Ok(());
     }
     set_link(vm, false).await?;
-    vm.change_host_record(|record| record.trouble = Some(ISOLATED.to_owned())).await
+    vm.change_host_record(|record| record.trouble = Some(NETWORK_OFF.to_owned())).await
 }
 
 /// The guest has its own addresses: it may be seen.
@@ -116,7 +112,7 @@ pub async fn join(vm: &mut VmRuntime) -> Result<(), Problem> {
     set_link(vm, true).await?;
     vm.change_host_record(|record| {
         record.borrowed_nics = None;
-        if record.trouble.as_deref() == Some(ISOLATED) {
+        if record.trouble.as_deref() == Some(NETWORK_OFF) {
             record.trouble = None;
         }
     })

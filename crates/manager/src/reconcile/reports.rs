@@ -7,7 +7,7 @@
 
 use berth_api::agent::{AgentReport, VmReport};
 use berth_model::host::Host;
-use berth_model::vm::{GuestState, Vm, VmState};
+use berth_model::vm::{GuestState, NETWORK_OFF, Vm, VmState};
 use berth_model::{HostId, Problem, VmId};
 
 use crate::cluster::Cluster;
@@ -69,6 +69,8 @@ fn note(vm: &mut Vm, host: &Host, said: Option<&VmReport>, news: bool) {
         vm.status.trouble = why.or(vm.status.trouble.take());
     } else if said.trouble.is_some() {
         vm.status.trouble.clone_from(&said.trouble);
+    } else if vm.status.trouble.as_deref() == Some(NETWORK_OFF) {
+        vm.status.trouble = None;
     }
     if free && let Some(top) = &said.top {
         vm.status.top_layer = top.clone();
