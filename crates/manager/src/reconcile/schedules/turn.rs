@@ -43,6 +43,9 @@ enum Tried {
     Gone,
 }
 
+/// The records that a turn is about, as they are now.
+type Rows = (Arc<Row<Schedule>>, Arc<Row<Vm>>);
+
 impl Turn {
     pub(super) fn new(keeper: &Arc<Keeper>, schedule: &ScheduleId, run: &ScheduleRun, vm: &VmId) -> Self {
         Self { keeper: Arc::clone(keeper), schedule: schedule.clone(), run: run.clone(), vm: vm.clone() }
@@ -74,7 +77,7 @@ impl Turn {
         }))
     }
 
-    fn rows(&self) -> Option<(Arc<Row<Schedule>>, Arc<Row<Vm>>)> {
+    fn rows(&self) -> Option<Rows> {
         let records = &self.keeper.cluster().records;
         Some((records.get(self.schedule.as_str())?, records.get(self.vm.as_str())?))
     }
