@@ -279,10 +279,7 @@ impl World {
 
     pub async fn manager_with_hosts(&self) -> Arc<Cluster> {
         let cluster = self.manager().await;
-        until(&cluster, "hosts are seen", |cluster| {
-            cluster.records.list::<Host>().iter().all(|host| host.inventory.is_some())
-        })
-        .await;
+        hosts_are_seen(&cluster).await;
         cluster
     }
 
@@ -441,6 +438,14 @@ pub async fn until(cluster: &Cluster, what: &str, so: impl Fn(&Cluster) -> bool)
         }
     };
     assert!(tokio::time::timeout(LONG, waiting).await.is_ok(), "never: {what}");
+}
+
+/// Waits until the manager knows what its hosts have.
+pub async fn hosts_are_seen(cluster: &Cluster) {
+    until(cluster, "hosts are seen", |cluster| {
+        cluster.records.list::<Host>().iter().all(|host| host.inventory.is_some())
+    })
+    .await;
 }
 
 pub async fn begin(cluster: &Cluster, request: OperationRequest) -> Result<OperationRef, Problem> {
