@@ -4,7 +4,7 @@
 //! memory. On a bridge two such guests would answer for one another, so a clone's interfaces have their link down before
 //! its guest runs its first instruction. They get it when the guest is somebody of its own:
 //!
-//! - it is told so by its guest agent, where that may run commands ([`introduce`]): the addresses of its interfaces, its
+//! - it is told so by its guest agent, where that may run commands ([`Introduction`]): the addresses of its interfaces, its
 //!   host name and its machine id, of what runs; the rest is cloud-init's at the next start, by the new instance id;
 //! - or it begins anew, from its disk, and learns from its seed who it is.
 //!
