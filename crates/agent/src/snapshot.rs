@@ -78,20 +78,14 @@ pub async fn take(
     new_top: &LayerId,
 ) -> Result<TaskOutput, Problem> {
     let started = Instant::now();
-    let facts = match archive::read(vm.dirs()?, snapshot) {
-        Ok(manifest) => {
-            freeze(vm, last(&manifest.layers)?).await;
-            manifest.facts
-        }
-        Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
-            merge::make_room(vm, context).await?;
-            take_of_machine(vm, context, snapshot, new_top, started).await?
-        }
-        Err(ArchiveError::Missing { .. }) => {
-            merge::make_room(vm, context).await?;
-            take_of_disk(vm, snapshot, new_top, started).await?
-        }
-        Err(error) => return Err(error.into()),
+    if let Some(facts) = taken_before(vm, snapshot).await? {
+        return Ok(TaskOutput::Snapshot { facts });
+    }
+    merge::make_room(vm, context).await?;
+    let facts = if vm.qmp().is_ok() {
+        take_of_machine(vm, context, snapshot, new_top, started).await?
+    } else {
+        take_of_disk(vm, snapshot, new_top, started).await?
     };
     Ok(TaskOutput::Snapshot { facts })
 }
@@ -110,22 +104,33 @@ pub async fn take_disk(
     quiesce: bool,
 ) -> Result<TaskOutput, Problem> {
     let started = Instant::now();
-    let facts = match archive::read(vm.dirs()?, snapshot) {
-        Ok(manifest) => {
-            freeze(vm, last(&manifest.layers)?).await;
-            manifest.facts
-        }
-        Err(ArchiveError::Missing { .. }) if vm.qmp().is_ok() => {
-            disk::take_of_running(vm, context, snapshot, new_top, quiesce, started).await?
-        }
-        Err(ArchiveError::Missing { .. }) if quiesce => {
-            let message = format!("{} does not run: there is no guest to freeze its file systems", vm.id());
-            return Err(Problem::new(ProblemCode::WrongState, message));
-        }
-        Err(ArchiveError::Missing { .. }) => take_of_disk(vm, snapshot, new_top, started).await?,
-        Err(error) => return Err(error.into()),
+    if let Some(facts) = taken_before(vm, snapshot).await? {
+        return Ok(TaskOutput::Snapshot { facts });
+    }
+    let runs = vm.qmp().is_ok();
+    if quiesce && !runs {
+        let message = format!("{} does not run: there is no guest to freeze its file systems", vm.id());
+        return Err(Problem::new(ProblemCode::WrongState, message));
+    }
+    merge::make_room(vm, context).await?;
+    let facts = if runs {
+        disk::take_of_running(vm, context, snapshot, new_top, quiesce, started).await?
+    } else {
+        take_of_disk(vm, snapshot, new_top, started).await?
     };
     Ok(TaskOutput::Snapshot { facts })
+}
+
+/// What a snapshot cost that a try of the same task, which died before it could say so, has finished.
+async fn taken_before(vm: &VmRuntime, snapshot: &SnapshotId) -> Result<Option<SnapshotFacts>, Problem> {
+    match archive::read(vm.dirs()?, snapshot) {
+        Ok(manifest) => {
+            freeze(vm, last(&manifest.layers)?).await;
+            Ok(Some(manifest.facts))
+        }
+        Err(ArchiveError::Missing { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Finds how things stand after an agent died in the middle of a snapshot: what was not finished is removed, the guest

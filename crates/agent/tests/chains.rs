@@ -153,6 +153,19 @@ async fn as_many_snapshots_as_one_likes_may_be_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disks_that_are_taken_alone_keep_to_the_limit_too() {
+    let host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    for round in 0..(LAYERS_MAX as u64 + 3) {
+        host.probe(&vm.id).write(1).expect("files");
+        let spec = TaskSpec::TakeDiskSnapshot { snapshot: snapshot(), new_top: layer(), quiesce: false };
+        host.task(&vm.id, spec).await.expect("taken");
+        assert!(chain(&host, &vm).len() <= LAYERS_MAX, "after {round}: {:?}", chain(&host, &vm));
+    }
+    verify(&host, &vm, LAYERS_MAX as u64 + 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_dies_in_a_merge_the_vm_and_its_snapshots_are_whole_and_it_is_merged_in_the_end() {
     let mut host = TestHost::start().await;
     let vm = host.running_vm(128).await;
