@@ -245,6 +245,8 @@ impl Taking {
 
     fn snapshot(&self, from: &SnapshotId, own: &Manifest, reader: Option<u32>) -> Result<(), Problem> {
         let source = SnapshotFiles::of(&self.origin, from);
+        // A whole one that an earlier try left, which died before the record was written.
+        archive::remove(&self.dirs, &own.snapshot)?;
         let draft = Draft::begin(&self.dirs, &own.snapshot, reader)?;
         let directory = source.directory();
         for entry in fs::read_dir(directory).map_err(FileError::io(directory, "read"))? {
