@@ -325,7 +325,7 @@ async fn take_anew(
     let guest_slowdown_percent = captured.guest_slowdown_percent;
     let (files, was_running) = (capture.files.clone(), capture.was_running);
     let written = blocking(move || {
-        let image = image::complete(captured.collected, &files, linked.as_ref())?;
+        let image = image::complete(captured.collected, &files, linked.as_ref(), base::SENT_BYTES_MAX)?;
         let manifest = MemoryManifest {
             bytes: memory_bytes,
             was_running,

@@ -4,7 +4,8 @@
 //! last, which is the one that has most of its layers below it, and of those the newest.
 //!
 //! **Bounds.** A restore maps the full image, whatever its size, and sends the rest at about a GB/s, with the guest waiting.
-//! So a snapshot whose base sends much already is stored in full. And an image of many files takes as many open ones: at
+//! So a snapshot whose base sends much already is stored in full, and one that turns out to need much sent itself is made a
+//! full image when it is put away. And an image of many files takes as many open ones: at
 //! [`FILES_MAX`] the new snapshot refers to the full image alone and takes over what the differences held, which is
 //! bounded too. See `docs/decisions/0010-memory-images-by-difference.md`.
 
@@ -19,9 +20,9 @@ use crate::layout::VmDirs;
 
 /// Most files of an image. More: as many files open at once while it is read.
 const FILES_MAX: usize = 8;
-/// A base that makes a restore send this much is not built on. More: a restore takes longer, by a second for each GB; less:
-/// snapshots of a guest that changes much are stored in full more often.
-const BASE_SENT_BYTES_MAX: u64 = 256 << 20;
+/// A base that makes a restore send this much is not built on, and a difference that would is not left one. More: a restore
+/// takes longer, by a second for each GB; less: snapshots of a guest that changes much are stored in full more often.
+pub const SENT_BYTES_MAX: u64 = 256 << 20;
 
 /// An earlier snapshot's memory, to be referred to.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ pub fn choose(dirs: &VmDirs, layers: &[LayerId], memory_bytes: u64) -> Option<Ea
 }
 
 fn bounded(paths: SnapshotFiles, image: MemoryImage) -> Option<Earlier> {
-    if image.sent_bytes() > BASE_SENT_BYTES_MAX {
+    if image.sent_bytes() > SENT_BYTES_MAX {
         return None;
     }
     let is_long = image.numbers().count() >= FILES_MAX;

@@ -99,7 +99,7 @@ impl MemoryImage {
 
     /// What a restore has to send to the process that has mapped the full image, in bytes.
     pub fn sent_bytes(&self) -> u64 {
-        self.index.holders().filter(is_sent).count() as u64 * PAGE_BYTES as u64
+        sent_bytes(&self.index)
     }
 
     /// The numbers of the files that there are, 0 first.
@@ -166,19 +166,25 @@ pub struct Completed {
 }
 
 /// Makes an image of what was collected: hashes what was stored, links what the earlier snapshot has, and writes the
-/// index. Blocks.
+/// index. One of which a restore would have to send more than `sent_bytes_max` is made a full image. Blocks.
 ///
 /// # Errors
-/// When the system refuses.
+/// When the system refuses, or a page that has to be taken over is not what it was.
 pub fn complete(
     collected: Collected,
     paths: &SnapshotFiles,
-    earlier: Option<&SnapshotFiles>,
+    mut earlier: Option<&SnapshotFiles>,
+    sent_bytes_max: u64,
 ) -> Result<Completed, FileError> {
     let Collected { memory: stored, digest, .. } = collected;
-    let own = digest.own_number();
-    let path = paths.memory_file(own);
-    let index = memory::hash_stored(&stored, digest).map_err(FileError::io(&path, "read"))?;
+    let mut own = digest.own_number();
+    let mut path = paths.memory_file(own);
+    let mut index = memory::hash_stored(&stored, digest).map_err(FileError::io(&path, "read"))?;
+    if let Some(earlier) = earlier.take_if(|_| sent_bytes(&index) > sent_bytes_max) {
+        index = fold::fold(&index, own, &stored, paths, earlier)?;
+        own = 0;
+        path = paths.memory();
+    }
     let own_bytes = memory::stored_bytes(&stored).map_err(FileError::io(&path, "examined"))?;
     let used = index.pages_of_files();
     let mut differences: Vec<u8> =
@@ -201,6 +207,11 @@ pub fn complete(
     let written = std::fs::write(&path, index.as_bytes()).map_err(FileError::io(&path, "written"));
     written?;
     Ok(Completed { identity: index.identity(), differences, own_bytes, shared_bytes })
+}
+
+/// What a restore of this memory has to send, in bytes.
+fn sent_bytes(index: &PageIndex) -> u64 {
+    index.holders().filter(is_sent).count() as u64 * PAGE_BYTES as u64
 }
 
 /// Whether a page has to be sent to a process that has mapped the full image.
@@ -269,5 +280,6 @@ impl MemorySource for &mut Differences {
     }
 }
 
+mod fold;
 #[cfg(test)]
 mod tests;

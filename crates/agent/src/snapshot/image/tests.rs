@@ -50,6 +50,16 @@ fn stream(before: &Memory, after: &Memory) -> Vec<u8> {
 
 /// Takes a snapshot of a guest whose memory changes from `before` to `after` meanwhile.
 fn take(dirs: &VmDirs, number: u8, before: &Memory, after: &Memory) -> (SnapshotId, Completed) {
+    take_bounded(dirs, number, [before, after], base::SENT_BYTES_MAX)
+}
+
+/// The same with another bound for what a restore may have to send.
+fn take_bounded(
+    dirs: &VmDirs,
+    number: u8,
+    [before, after]: [&Memory; 2],
+    sent_bytes_max: u64,
+) -> (SnapshotId, Completed) {
     let snapshot = SnapshotId::from_entropy([number; 10]);
     let draft = archive::Draft::begin(dirs, &snapshot, None).expect("begun");
     let layers = [LayerId::from_entropy([number; 10])];
@@ -60,7 +70,7 @@ fn take(dirs: &VmDirs, number: u8, before: &Memory, after: &Memory) -> (Snapshot
     let sending = thread::spawn(move || theirs.write_all(&sent).expect("sent"));
     let collected = memory::collect(ours, draft.files(), MEMORY_BYTES, base).expect("collected");
     sending.join().expect("sent");
-    let completed = complete(collected, draft.files(), linked.as_ref()).expect("complete");
+    let completed = complete(collected, draft.files(), linked.as_ref(), sent_bytes_max).expect("complete");
     let memory = MemoryManifest {
         bytes: MEMORY_BYTES,
         was_running: true,
@@ -152,7 +162,8 @@ fn what_is_deleted_is_missing_to_nobody_and_leaves_nothing() {
             for _ in 0..random(&mut state) % 6 {
                 memory[(random(&mut state) % PAGES) as usize] = (random(&mut state) % 5) as u8;
             }
-            let (snapshot, _) = take(&dirs, number, &before, &memory);
+            let sent_bytes_max = random(&mut state) % 12 * PAGE_BYTES as u64;
+            let (snapshot, _) = take_bounded(&dirs, number, [&before, &memory], sent_bytes_max);
             kept.insert(snapshot, memory);
             // A restore to any of them is where the next one starts.
             if random(&mut state).is_multiple_of(3) {
@@ -191,6 +202,29 @@ fn a_second_snapshot_holds_only_what_changed() {
     before[10] = 8;
     let (_, third) = take(&dirs, 3, &before, &memory);
     assert_eq!((third.own_bytes, third.differences), (PAGE_BYTES as u64, vec![1]));
+}
+
+#[test]
+fn a_difference_that_a_restore_would_have_to_send_much_of_is_made_a_full_image() {
+    let directory = tempfile::tempdir().expect("directory");
+    let dirs = dirs(directory.path());
+    let two_pages = 2 * PAGE_BYTES as u64;
+    let mut memory = [7; PAGES as usize];
+    memory[20..].fill(0);
+    take(&dirs, 1, &memory, &memory);
+    // Two pages new and one that has become zero: one more than is sent.
+    memory[3] = 9;
+    memory[21] = 9;
+    memory[4] = 0;
+    let (folded, full) = take_bounded(&dirs, 2, [&memory, &memory], two_pages);
+    assert_eq!((full.shared_bytes, full.differences), (0, vec![]));
+    assert_eq!(full.own_bytes, 20 * PAGE_BYTES as u64);
+    assert_eq!(open(&dirs, &folded).expect("whole").sent_bytes(), 0);
+    assert_eq!(restore(&dirs, &folded).expect("whole"), memory);
+    memory[5] = 9;
+    let (after, next) = take_bounded(&dirs, 3, [&memory, &memory], two_pages);
+    assert_eq!((next.own_bytes, next.differences), (PAGE_BYTES as u64, vec![1]));
+    assert_eq!(restore(&dirs, &after).expect("whole"), memory);
 }
 
 /// Does something to a file of a snapshot that is read-only.
