@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::AgentConfig;
 use crate::durable::UNFINISHED_SUFFIX;
+use crate::fittings::Fittings;
 use crate::launcher::ProcessRecord;
 
 /// What a pool knows of a VM: `vms/<vm>/vm.json`.
@@ -28,6 +29,9 @@ pub struct VmRecord {
     pub definition: VmDefinition,
     /// Its layers from the one above the image to the writable top.
     pub chain: Vec<LayerId>,
+    /// What its machine is fitted with.
+    #[serde(default)]
+    pub fittings: Fittings,
 }
 
 impl VmRecord {

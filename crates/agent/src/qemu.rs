@@ -13,6 +13,7 @@ use berth_model::host::Accelerator;
 use berth_model::image::PartRole;
 use berth_model::vm::PortForward;
 
+use crate::fittings::{GENERATION_DEVICE, uuid_text};
 use crate::launcher::{Argument, Descriptor, MachineSummary, Socket};
 use crate::layout::VmDirs;
 use crate::vm::{LaunchPlan, Memory};
@@ -212,6 +213,12 @@ impl Machine<'_> {
         words.pair("-object", "rng-builtin,id=rng0");
         words.pair("-device", format!("virtio-rng-pci,id=random0,rng=rng0,{}", self.slot(0x6)));
         words.pair("-device", format!("pvpanic-pci,id=panic0,{}", self.slot(0x7)));
+        if let Some(generation_id) = &self.plan.fittings.generation_id {
+            words.pair(
+                "-device",
+                format!("{GENERATION_DEVICE},id=generation0,guid={}", escaped(generation_id)),
+            );
+        }
     }
 
     fn network(&self, words: &mut Words) {
@@ -321,8 +328,7 @@ fn uuid(vm: &str) -> String {
     // The marks of a UUID that is made from a hash of the maker's own.
     bytes[6] = (bytes[6] & 0x0f) | 0x80;
     bytes[8] = (bytes[8] & 0x3f) | 0x80;
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    uuid_text(bytes)
 }
 
 /// The block node of a layer: QEMU takes no more than 31 characters.

@@ -22,7 +22,7 @@ use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus, RunState};
 
 use crate::durable::{self, FileError, blocking};
-use crate::layout::VmDirs;
+use crate::layout::{VmDirs, VmRecord};
 use crate::migration::outgoing::settle;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
@@ -383,7 +383,7 @@ async fn put_away(
     memory: Option<MemoryManifest>,
     started: Instant,
 ) -> Result<SnapshotFacts, Problem> {
-    let definition = vm.definition()?.clone();
+    let VmRecord { definition, fittings, .. } = vm.vm_record()?.clone();
     let borrowed_nics = vm.host_record()?.borrowed_nics.clone().filter(|_| memory.is_some());
     let newest_layer = last(&facts.layers)?.clone();
     let newest = vm.dirs()?.layer(&newest_layer);
@@ -399,6 +399,7 @@ async fn put_away(
             snapshot,
             definition,
             layers,
+            fittings,
             memory,
             facts: facts.clone(),
             borrowed_nics,

@@ -18,6 +18,7 @@ use berth_qmp::Qmp;
 
 use crate::console::Console;
 use crate::durable::{self, Staged, blocking};
+use crate::fittings::Fittings;
 use crate::launcher::{Exit, Launched, Process};
 use crate::layout::{HostRecord, VmDirs, VmRecord};
 use crate::qemu;
@@ -49,14 +50,16 @@ pub struct LaunchPlan {
     pub chain: Vec<LayerId>,
     /// Where the guest's memory comes from.
     pub memory: Memory,
+    /// What the machine is fitted with.
+    pub fittings: Fittings,
     /// It is to wait for `migrate-incoming`.
     pub incoming: bool,
 }
 
 impl LaunchPlan {
     /// A cold start on this chain.
-    pub const fn cold(chain: Vec<LayerId>) -> Self {
-        Self { chain, memory: Memory::Anonymous, incoming: false }
+    pub const fn cold(chain: Vec<LayerId>, fittings: Fittings) -> Self {
+        Self { chain, memory: Memory::Anonymous, fittings, incoming: false }
     }
 }
 
@@ -315,8 +318,8 @@ impl VmRuntime {
     /// # Errors
     /// When it can't be written; the chain is then as it was.
     pub async fn set_chain(&mut self, chain: Vec<LayerId>) -> Result<(), Problem> {
-        let definition = self.definition()?.clone();
-        self.set_vm_record(VmRecord { definition, chain }).await
+        let record = self.vm_record()?.clone();
+        self.set_vm_record(VmRecord { chain, ..record }).await
     }
 
     /// Forgets the pool's record after the VM's files have been removed or given away.

@@ -26,6 +26,9 @@ pub struct QemuAbilities {
     pub cpu_models: Vec<String>,
     /// Migration capabilities by QEMU's names.
     pub migration_capabilities: Vec<String>,
+    /// Devices by QEMU's names, of those that a VM is given only where there are.
+    #[serde(default)]
+    pub devices: Vec<String>,
 }
 
 /// A directory for disks and snapshots.

@@ -105,6 +105,7 @@ mod tests {
             machine_types: vec!["pc-q35-7.2".into()],
             cpu_models: vec!["max".into()],
             migration_capabilities: vec![],
+            devices: vec![],
         };
         Host {
             id: HostId::from_entropy([number; 10]),

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::commands::{MachineType, QueryMachines, QueryMigrateCapabilities, QueryQmpSchema, SchemaEntry};
+use crate::commands::{
+    MachineType, ObjectType, QomListTypes, QueryMachines, QueryMigrateCapabilities, QueryQmpSchema,
+    SchemaEntry,
+};
 use crate::connection::Qmp;
 use crate::error::QmpError;
 
@@ -13,6 +16,7 @@ pub struct Abilities {
     events: BTreeSet<String>,
     migration_capabilities: BTreeSet<String>,
     machine_types: BTreeSet<String>,
+    devices: BTreeSet<String>,
 }
 
 impl Abilities {
@@ -21,10 +25,11 @@ impl Abilities {
     /// # Errors
     /// Whatever the queries meet.
     pub async fn ask(qmp: &Qmp) -> Result<Self, QmpError> {
-        let (schema, capabilities, machines) = tokio::try_join!(
+        let (schema, capabilities, machines, devices) = tokio::try_join!(
             qmp.call(QueryQmpSchema {}),
             qmp.call(QueryMigrateCapabilities {}),
             qmp.call(QueryMachines {}),
+            qmp.call(QomListTypes { implements: "device".to_owned() }),
         )?;
         let mut abilities = Self::from_schema(&schema);
         abilities.migration_capabilities =
@@ -33,6 +38,7 @@ impl Abilities {
             abilities.machine_types.insert(name);
             abilities.machine_types.extend(alias);
         }
+        abilities.devices = devices.into_iter().map(|ObjectType { name, .. }| name).collect();
         Ok(abilities)
     }
 
@@ -95,6 +101,12 @@ impl Abilities {
     /// The machine types there are, short names included.
     pub fn machine_types(&self) -> impl Iterator<Item = &str> {
         self.machine_types.iter().map(String::as_str)
+    }
+
+    /// Whether there is this device, such as `vmgenid`.
+    #[must_use]
+    pub fn has_device(&self, device: &str) -> bool {
+        self.devices.contains(device)
     }
 
     /// Whether there is this machine type.

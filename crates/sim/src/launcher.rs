@@ -172,6 +172,7 @@ impl Launcher for SimLauncher {
             machine_types: vec![MACHINE_TYPE.to_owned()],
             cpu_models: vec![CPU_MODEL.to_owned()],
             migration_capabilities: vec!["events".to_owned(), "pause-before-switchover".to_owned()],
+            devices: vec!["vmgenid".to_owned()],
         };
         let note = Some("a simulation".to_owned());
         let found = Hypervisor { accelerator: Accelerator::Tcg, accelerator_note: note, abilities };

@@ -22,6 +22,7 @@ use super::storage::copying::copy_unchanging;
 use super::storage::sending::Top;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::blocking;
+use crate::layout::VmRecord;
 use crate::snapshot::{capture, identity, layers};
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
@@ -207,7 +208,8 @@ async fn launch_target(
     order: &Order,
     link: &mut Link<FromTarget>,
 ) -> Result<Option<Top>, Problem> {
-    link.sender.say(&FromSource::Launch { chain: vm.chain()?.to_vec() }).await?;
+    let VmRecord { chain, fittings, .. } = vm.vm_record()?.clone();
+    link.sender.say(&FromSource::Launch { chain, fittings }).await?;
     let waiting = |message: &FromTarget| matches!(message, FromTarget::Waiting);
     answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "a process that waits", waiting).await?;
     if order.shared_pool {

@@ -20,6 +20,7 @@ use super::marker::{Mark, Marker};
 use super::storage::receiving::Files;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::{self, blocking};
+use crate::fittings::Fittings;
 use crate::layout::VmRecord;
 use crate::snapshot::layers;
 use crate::vm::actor::Receive;
@@ -121,8 +122,10 @@ async fn run(
     if !admission.shared_pool {
         files::make_directories(vm.services(), vm.dirs()?, &admission.definition).await?;
     }
-    let chain = take_files(link, files, decided).await?;
-    let mut incoming = start_process(vm, admission, chain, link, files).await?;
+    let (chain, fittings) = take_files(link, files, decided).await?;
+    let definition = admission.definition.clone();
+    let record = VmRecord { definition, chain, fittings };
+    let mut incoming = start_process(vm, admission, record, link, files).await?;
     let marker = arrival::prepare(vm).await?;
     link.sender.say(&FromTarget::Waiting).await?;
     load(&mut incoming, admission.shared_pool, link, files, decided).await?;
@@ -231,12 +234,13 @@ async fn welcome(
     Ok(link.sender.say(&FromTarget::Welcome { version: VERSION }).await?)
 }
 
-/// Takes what does not change, until the source asks for a process; gives the disk's layers.
+/// Takes what does not change, until the source asks for a process; gives the disk's layers and what the machine is
+/// fitted with.
 async fn take_files(
     link: &mut Link<FromSource>,
     files: &Files,
     decided: &CancellationToken,
-) -> Result<Vec<LayerId>, Problem> {
+) -> Result<(Vec<LayerId>, Fittings), Problem> {
     loop {
         match next(link, decided, SILENCE_TIMEOUT).await? {
             FromSource::Ping { number } => pong(&link.sender, number).await?,
@@ -248,7 +252,7 @@ async fn take_files(
                 files.sync(top_length_bytes).await?;
                 link.sender.say(&FromTarget::Synced).await?;
             }
-            FromSource::Launch { chain } => return Ok(chain),
+            FromSource::Launch { chain, fittings } => return Ok((chain, fittings)),
             FromSource::Failed { problem } => return Err(problem),
             other => return Err(unexpected(&other, "files")),
         }
@@ -260,18 +264,18 @@ async fn take_files(
 async fn start_process(
     vm: &mut VmRuntime,
     admission: &Admission,
-    chain: Vec<LayerId>,
+    record: VmRecord,
     link: &mut Link<FromSource>,
     files: &Files,
 ) -> Result<Incoming, Problem> {
-    let record = VmRecord { definition: admission.definition.clone(), chain: chain.clone() };
+    let VmRecord { chain, fittings, .. } = record.clone();
     vm.set_vm_record(record).await?;
     if !admission.shared_pool {
         make_top(vm, &chain).await?;
         let top = chain.last().map(|top| vm.dirs().map(|dirs| dirs.layer(top))).transpose()?;
         files.expect_top(top.unwrap_or_default()).await?;
     }
-    let plan = LaunchPlan { chain, memory: Memory::Anonymous, incoming: true };
+    let plan = LaunchPlan { chain, memory: Memory::Anonymous, fittings, incoming: true };
     let launched = vm.launch(&plan).await?;
     vm.install(launched).await?;
     let qmp = vm.qmp()?;

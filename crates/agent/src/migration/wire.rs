@@ -40,6 +40,8 @@ use berth_model::{LayerId, Problem, SnapshotId};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::fittings::Fittings;
+
 /// The name in the connection's `Upgrade` header.
 pub const UPGRADE: &str = "berth-migration";
 /// The protocol's version.
@@ -185,13 +187,29 @@ pub struct FileOffer {
 #[serde(tag = "say", rename_all = "kebab-case")]
 #[allow(missing_docs, reason = "the diagram above says what each is for")]
 pub enum FromSource {
-    Begin { version: u32, shared_pool: bool, pool_uuid: String },
-    Ping { number: u32 },
-    Offer { files: Vec<FileOffer> },
-    Sync { top_length_bytes: Option<u64> },
-    Launch { chain: Vec<LayerId> },
+    Begin {
+        version: u32,
+        shared_pool: bool,
+        pool_uuid: String,
+    },
+    Ping {
+        number: u32,
+    },
+    Offer {
+        files: Vec<FileOffer>,
+    },
+    Sync {
+        top_length_bytes: Option<u64>,
+    },
+    Launch {
+        chain: Vec<LayerId>,
+        #[serde(default)]
+        fittings: Fittings,
+    },
     Commit,
-    Failed { problem: Problem },
+    Failed {
+        problem: Problem,
+    },
 }
 
 /// What the target says.

@@ -4,6 +4,7 @@ use super::*;
 use berth_model::image::{PartFormat, PartRole};
 use berth_model::vm::Nic as NicSpec;
 
+use crate::fittings::Fittings;
 use crate::layout::{PoolDirs, VmDirs};
 use crate::testing;
 
@@ -50,7 +51,10 @@ fn lines(machine: &Machine<'_>) -> String {
 fn a_cold_start_on_a_raw_image_with_two_layers() {
     let mut definition = testing::definition(1);
     definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
-    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])]);
+    let plan = LaunchPlan::cold(
+        vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])],
+        Fittings { generation_id: Some("11111111-2222-4333-8444-555555555555".into()) },
+    );
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),
@@ -74,6 +78,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
     let plan = LaunchPlan {
         chain: vec![LayerId::from_entropy([2; 10])],
         memory: Memory::Image("/pool/vms/a,b/memory.raw".into()),
+        fittings: Fittings::default(),
         incoming: true,
     };
     let subnet = UserSubnet {
@@ -101,7 +106,7 @@ fn what_people_wrote_can_not_become_an_option() {
     definition.spec.machine_type = "q35,kernel=/etc/shadow".into();
     definition.spec.cpu_model = "max,enforce".into();
     definition.spec.nics = vec![NicSpec { mac: "52:54:00:12:34:56,x=y".into(), ..testing::nic(None, None) }];
-    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])]);
+    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])], Fittings::default());
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),

@@ -24,6 +24,7 @@ use berth_model::{LayerId, SnapshotId};
 use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
+use crate::fittings::Fittings;
 use crate::layout::VmDirs;
 
 /// The manifest's format; another one is refused.
@@ -44,6 +45,9 @@ pub struct Manifest {
     pub definition: VmDefinition,
     /// The frozen layers from the one above the image to the newest.
     pub layers: Vec<LayerId>,
+    /// What its machine was fitted with.
+    #[serde(default)]
+    pub fittings: Fittings,
     /// Its memory; none when the VM was stopped.
     #[serde(default)]
     pub memory: Option<MemoryManifest>,

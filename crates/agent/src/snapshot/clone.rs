@@ -154,9 +154,10 @@ async fn make(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result
     let top = &definition.first_layer;
     make_top(reader, &dirs, &definition, &manifest.layers, top).await?;
     files::write_seed(&services, &dirs, &definition).await?;
+    let fittings = manifest.fittings.renewed()?;
     let mut chain = manifest.layers;
     chain.push(top.clone());
-    vm.set_vm_record(VmRecord { definition, chain }).await
+    vm.set_vm_record(VmRecord { definition, chain, fittings }).await
 }
 
 /// What is frozen.

@@ -157,7 +157,8 @@ pub async fn make(ground: &Ground, wanted: &Wanted, network: Network) -> Result<
     make_layer(&ground, &manifest, &wanted.new_top).await?;
     let mut chain = manifest.layers.clone();
     chain.push(wanted.new_top.clone());
-    let record = VmRecord { definition: ground.definition.clone(), chain };
+    let fittings = manifest.fittings.renewed()?;
+    let record = VmRecord { definition: ground.definition.clone(), chain, fittings };
     let Some(memory) = &manifest.memory else {
         let (Network::Free(forwards) | Network::Taken(forwards)) = network;
         return Ok(Ready { manifest, record, forwards, machine: None, working_set_bytes: 0 });
@@ -259,7 +260,8 @@ async fn launch(
         };
         let forwards = lease.forwards.clone();
         let memory = Memory::Image(files.memory());
-        let plan = LaunchPlan { chain: record.chain.clone(), memory, incoming: true };
+        let (chain, fittings) = (record.chain.clone(), record.fittings.clone());
+        let plan = LaunchPlan { chain, memory, fittings, incoming: true };
         let openable = Openable::open(files.memory(), ground.user_id()).await?;
         let launched = ground.launch(&plan, Some(sockets), lease).await?;
         drop(openable);

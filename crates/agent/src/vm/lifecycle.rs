@@ -13,6 +13,7 @@ use berth_qmp::guest_agent::{GuestAgent, ShutdownMode};
 use super::process::{self, hypervisor_problem};
 use super::{LaunchPlan, VmRuntime, files, sensor};
 use crate::durable::{blocking, remove_tree};
+use crate::fittings::Fittings;
 use crate::launcher::{Process, Socket};
 use crate::layout::VmRecord;
 use crate::services::Services;
@@ -58,10 +59,7 @@ pub(super) async fn prepare(
         return Ok(TaskOutput::Done);
     }
     let made = match files::make(vm.services(), vm.dirs()?, definition).await {
-        Ok(()) => {
-            let chain = vec![definition.first_layer.clone()];
-            vm.set_vm_record(VmRecord { definition: definition.clone(), chain }).await
-        }
+        Ok(()) => fit_out(vm, definition).await,
         Err(problem) => Err(problem),
     };
     if let Err(problem) = made {
@@ -73,6 +71,14 @@ pub(super) async fn prepare(
         return Err(problem);
     }
     Ok(TaskOutput::Done)
+}
+
+/// Writes down what the VM is: its first layer, and what its machine is fitted with.
+async fn fit_out(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
+    let hypervisor = vm.services().hypervisor().await.ok_or_else(process::stopping)?;
+    let fittings = Fittings::new(&hypervisor)?;
+    let (definition, chain) = (definition.clone(), vec![definition.first_layer.clone()]);
+    vm.set_vm_record(VmRecord { definition, chain, fittings }).await
 }
 
 /// Starts a process for a VM that has none, and lets the guest run.
@@ -105,7 +111,7 @@ pub(crate) async fn start(
 /// Starts a process whose guest begins anew, and learns from the seed who it is.
 async fn start_cold(vm: &mut VmRuntime) -> Result<(), Problem> {
     vm.change_host_record(|record| record.borrowed_nics = None).await?;
-    let plan = LaunchPlan::cold(vm.chain()?.to_vec());
+    let plan = LaunchPlan::cold(vm.chain()?.to_vec(), vm.vm_record()?.fittings.clone());
     let launched = vm.launch(&plan).await?;
     vm.install(launched).await
 }
@@ -286,7 +292,7 @@ async fn refresh(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Pr
     if record.definition != *definition {
         files::write_seed(vm.services(), vm.dirs()?, definition).await?;
         let definition = definition.clone();
-        vm.set_vm_record(VmRecord { definition, chain: record.chain }).await?;
+        vm.set_vm_record(VmRecord { definition, ..record }).await?;
     }
     Ok(())
 }

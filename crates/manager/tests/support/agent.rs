@@ -660,6 +660,7 @@ impl FakeAgent {
                 machine_types: vec!["pc-q35-10.0".to_owned(), "pc-q35-7.2".to_owned()],
                 cpu_models: vec!["qemu64".to_owned()],
                 migration_capabilities: Vec::new(),
+                devices: Vec::new(),
             },
             pools: vec![PoolReport {
                 name: default_pool(),

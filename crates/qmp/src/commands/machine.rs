@@ -122,6 +122,21 @@ pub struct Cpu {
 }
 
 command! {
+    /// Asks for the kinds of objects that there are.
+    QomListTypes = "qom-list-types" -> Vec<ObjectType> {
+        /// Only those that are of this kind, too, such as `device`.
+        implements: String = "implements",
+    }
+}
+
+/// A kind of objects.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ObjectType {
+    /// Its name, such as `vmgenid`.
+    pub name: String,
+}
+
+command! {
     /// Asks for the machine types that can be started.
     QueryMachines = "query-machines" -> Vec<MachineType> {}
 }

@@ -10,10 +10,14 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{GREETING_TIMEOUT, ProcessLauncher, failed};
+use crate::fittings::GENERATION_DEVICE;
 use crate::launcher::{Exit, Hypervisor, LaunchError};
 use crate::sandbox::{self, Confinement, Limits};
 
 pub mod kvm;
+
+/// The devices that a VM is given only where QEMU has them.
+const OPTIONAL_DEVICES: [&str; 1] = [GENERATION_DEVICE];
 
 #[derive(Deserialize)]
 struct CpuDefinition {
@@ -107,6 +111,11 @@ async fn answers(qmp: &Qmp) -> Result<QemuAbilities, QmpError> {
         machine_types: versioned(abilities.machine_types()),
         cpu_models,
         migration_capabilities: abilities.migration_capabilities().map(str::to_owned).collect(),
+        devices: OPTIONAL_DEVICES
+            .into_iter()
+            .filter(|name| abilities.has_device(name))
+            .map(str::to_owned)
+            .collect(),
     })
 }
 

@@ -9,6 +9,7 @@ use berth_model::snapshot::SnapshotFacts;
 use berth_stream::{PageSink, SplitOptions, Splitter};
 
 use super::*;
+use crate::fittings::Fittings;
 use crate::layout::{PoolDirs, VmDirs};
 use crate::snapshot::archive::{self, Manifest};
 use crate::snapshot::base;
@@ -83,6 +84,7 @@ fn take_bounded(
         snapshot: snapshot.clone(),
         definition: definition(1),
         layers: layers.to_vec(),
+        fittings: Fittings::default(),
         memory: Some(memory),
         facts: SnapshotFacts::default(),
         borrowed_nics: None,

@@ -329,6 +329,7 @@ pub fn sample_host(number: u8) -> Host {
                 machine_types: vec!["pc-q35-10.0".to_owned()],
                 cpu_models: vec!["qemu64".to_owned()],
                 migration_capabilities: Vec::new(),
+                devices: Vec::new(),
             },
             pools: vec![PoolReport {
                 name: "default".parse().expect("a name"),

@@ -1,0 +1,75 @@
+//! What a VM's machine is fitted with beside what its definition says: made here, kept with the disk, and as much a part
+//! of a snapshot as the disk is.
+//!
+//! The **generation id** is a number that a guest reads from its machine (`vmgenid`) and is told of when it changes. It
+//! says which of several lives this one is: a guest that was put back to a snapshot, or made from one, has another, and
+//! takes new random numbers instead of those that its other life had, too. One that is moved, or started anew, keeps it.
+//!
+//! QEMU takes it from the command line, and has only the address in the stream: so a process that loads a snapshot with
+//! another number on its command line puts that into the guest's memory and tells the guest, before it runs. A machine
+//! that was made without the device stays without: a stream loads only into a machine with the same devices.
+
+use berth_model::{Problem, ProblemCode};
+use serde::{Deserialize, Serialize};
+
+use crate::launcher::Hypervisor;
+
+/// The device with the generation id, by QEMU's name.
+pub const GENERATION_DEVICE: &str = "vmgenid";
+
+/// What a machine is fitted with.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fittings {
+    /// The generation id, as a UUID; none: the machine has no such device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation_id: Option<String>,
+}
+
+impl Fittings {
+    /// Those of a new VM: all that this QEMU has.
+    ///
+    /// # Errors
+    /// When the system gives no random numbers.
+    pub fn new(hypervisor: &Hypervisor) -> Result<Self, Problem> {
+        let has_generation = hypervisor.abilities.devices.iter().any(|device| device == GENERATION_DEVICE);
+        Ok(Self { generation_id: has_generation.then(random_uuid).transpose()? })
+    }
+
+    /// Those of another life of the same machine.
+    ///
+    /// # Errors
+    /// When the system gives no random numbers.
+    pub fn renewed(&self) -> Result<Self, Problem> {
+        Ok(Self { generation_id: self.generation_id.as_ref().map(|_| random_uuid()).transpose()? })
+    }
+}
+
+fn random_uuid() -> Result<String, Problem> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| Problem::new(ProblemCode::Internal, format!("no random numbers: {error}")))?;
+    // The marks of a UUID that is random.
+    bytes[6] = (bytes[6] & 0x0f) | 0x40;
+    bytes[8] = (bytes[8] & 0x3f) | 0x80;
+    Ok(uuid_text(bytes))
+}
+
+/// A UUID as it is written.
+pub fn uuid_text(bytes: [u8; 16]) -> String {
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_life_has_another_generation_and_a_machine_without_one_gets_none() {
+        let first = Fittings { generation_id: Some(random_uuid().expect("random")) };
+        let second = first.renewed().expect("random");
+        assert!(second.generation_id.is_some());
+        assert_ne!(first, second);
+        assert_eq!(Fittings::default().renewed().expect("random"), Fittings::default());
+    }
+}

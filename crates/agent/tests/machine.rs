@@ -1,0 +1,139 @@
+//! What a machine is fitted with beside its disk, on a real QEMU.
+
+#[path = "snapshot/host.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod host;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use berth_api::agent::TaskSpec;
+use berth_model::vm::Nic;
+use berth_model::{SnapshotId, VmId};
+use berth_qmp::guest_agent::GuestAgent;
+use berth_qmp::{ConnectOptions, Qmp};
+use host::{LONG, TestHost, TestVm, definition, layer, snapshot};
+use serde_json::{Value, json};
+
+/// The run directory of a VM's present process.
+fn run_dir(host: &TestHost, vm: &VmId) -> PathBuf {
+    let path = host.root().join("state/vms").join(vm.as_str()).join("host.json");
+    let record: Value = serde_json::from_slice(&std::fs::read(path).expect("record")).expect("JSON");
+    let run_dir = host.root().join("run").join(vm.as_str());
+    record["sockets"].as_str().map_or(run_dir.clone(), |name| run_dir.join(name))
+}
+
+/// The generation id that a VM's present process says; none: it has no such device.
+async fn generation(host: &TestHost, vm: &VmId) -> Option<String> {
+    let stream = tokio::net::UnixStream::connect(run_dir(host, vm).join("observe.sock")).await.expect("open");
+    let (qmp, _events) = Qmp::over_unix(stream, ConnectOptions::default()).await.expect("a monitor");
+    let answer = qmp.call_untyped("query-vm-generation-id", json!({})).await.ok()?;
+    Some(answer["guid"].as_str().expect("a GUID").to_owned())
+}
+
+/// What a command in the guest ends with.
+async fn in_guest(host: &TestHost, vm: &VmId, command: &str) -> i64 {
+    let run = async {
+        loop {
+            let agent = GuestAgent::connect(run_dir(host, vm).join("guest-agent.sock")).await.expect("open");
+            if agent.ping(Duration::from_secs(2)).await.is_ok() {
+                return agent.run("/bin/sh", &["-c", command], LONG).await.expect("it runs commands");
+            }
+        }
+    };
+    tokio::time::timeout(LONG, run).await.expect("the guest agent answers").expect("the command ends")
+}
+
+/// How often the guest's kernel has taken new random numbers because it has another life than before.
+async fn forks_noticed(host: &TestHost, vm: &VmId) -> i64 {
+    in_guest(host, vm, "exit $(dmesg | grep -c 'reseeded due to virtual machine fork')").await
+}
+
+async fn take(host: &TestHost, vm: &TestVm) -> SnapshotId {
+    let taken = snapshot();
+    let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer(), next: None };
+    host.task(&vm.id, spec).await.expect("taken");
+    taken
+}
+
+async fn restore(host: &TestHost, vm: &TestVm, snapshot: &SnapshotId) {
+    let (definition, snapshot, new_top) = (vm.boxed(), snapshot.clone(), layer());
+    let spec = TaskSpec::RestoreSnapshot { definition, snapshot, new_top, paused: false };
+    host.task(&vm.id, spec).await.expect("restored");
+}
+
+async fn clone(host: &TestHost, origin: &TestVm, from: &SnapshotId) -> TestVm {
+    let other = definition(origin.definition.spec.memory_mib);
+    let mut made = TestVm { id: other.id.clone(), definition: other };
+    made.definition.image = origin.definition.image.clone();
+    made.definition.spec.image = origin.definition.spec.image.clone();
+    made.definition.spec.nics = vec![Nic { forwards: Vec::new(), ..made.definition.spec.nics[0].clone() }];
+    let spec = TaskSpec::CloneVm {
+        definition: made.boxed(),
+        origin: origin.id.clone(),
+        snapshot: from.clone(),
+        first_snapshot: Some(snapshot()),
+        share: true,
+        paused: false,
+    };
+    host.task(&made.id, spec).await.expect("cloned");
+    made
+}
+
+async fn restart_cold(host: &TestHost, vm: &TestVm) {
+    host.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_with_another_life_is_told_so_and_one_that_lives_on_is_not() {
+    let mut host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    let born = generation(&host, &vm.id).await.expect("it has one");
+    assert_eq!(forks_noticed(&host, &vm.id).await, 0);
+    let first = take(&host, &vm).await;
+    host.replace_agent().await;
+    assert_eq!(generation(&host, &vm.id).await.as_ref(), Some(&born), "it is the same life");
+
+    restore(&host, &vm, &first).await;
+    let second = generation(&host, &vm.id).await.expect("it has one");
+    assert_ne!(second, born);
+    assert_eq!(forks_noticed(&host, &vm.id).await, 1);
+    restore(&host, &vm, &first).await;
+    let third = generation(&host, &vm.id).await.expect("it has one");
+    assert!(third != born && third != second, "{third}");
+    assert_eq!(forks_noticed(&host, &vm.id).await, 1, "it is where it was, and was told once since");
+
+    let other = clone(&host, &vm, &first).await;
+    let others = generation(&host, &other.id).await.expect("it has one");
+    assert!(![&born, &second, &third].contains(&&others), "{others}");
+    assert_eq!(forks_noticed(&host, &other.id).await, 1);
+
+    restart_cold(&host, &vm).await;
+    assert_eq!(generation(&host, &vm.id).await, Some(third), "a start is no other life");
+    assert_eq!(forks_noticed(&host, &vm.id).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_was_made_without_a_generation_stays_so_in_every_snapshot() {
+    let mut host = TestHost::start().await;
+    let vm = host.running_vm(128).await;
+    let with = take(&host, &vm).await;
+    // As one is on record that was made before there were any.
+    host.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
+    let path = host.vm_directory(&vm.id).join("vm.json");
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&path).expect("record")).expect("JSON");
+    record.as_object_mut().expect("object").remove("fittings").expect("it had some");
+    std::fs::write(&path, record.to_string()).expect("written");
+    host.replace_agent().await;
+
+    restart_cold(&host, &vm).await;
+    assert_eq!(generation(&host, &vm.id).await, None);
+    let without = take(&host, &vm).await;
+    restore(&host, &vm, &with).await;
+    assert!(generation(&host, &vm.id).await.is_some(), "the machine is the snapshot's");
+    restore(&host, &vm, &without).await;
+    assert_eq!(generation(&host, &vm.id).await, None);
+    host.probe(&vm.id).tick().expect("it runs");
+}
