@@ -44,9 +44,10 @@ async fn in_guest(host: &TestHost, vm: &VmId, command: &str) -> i64 {
     tokio::time::timeout(LONG, run).await.expect("the guest agent answers").expect("the command ends")
 }
 
-/// How often the guest's kernel has taken new random numbers because it has another life than before.
-async fn forks_noticed(host: &TestHost, vm: &VmId) -> i64 {
-    in_guest(host, vm, "exit $(dmesg | grep -c 'reseeded due to virtual machine fork')").await
+/// How often the guest was told that it has another life than before: by the event that the device is given in ACPI's
+/// tables. What its kernel does then is the kernel's affair; Debian's small one has no driver for it.
+async fn lives_told_of(host: &TestHost, vm: &VmId) -> i64 {
+    in_guest(host, vm, "set -- $(cat /sys/firmware/acpi/interrupts/gpe05); exit $1").await
 }
 
 async fn take(host: &TestHost, vm: &TestVm) -> SnapshotId {
@@ -91,7 +92,7 @@ async fn a_guest_with_another_life_is_told_so_and_one_that_lives_on_is_not() {
     let mut host = TestHost::start().await;
     let vm = host.running_vm(128).await;
     let born = generation(&host, &vm.id).await.expect("it has one");
-    assert_eq!(forks_noticed(&host, &vm.id).await, 0);
+    assert_eq!(lives_told_of(&host, &vm.id).await, 0);
     let first = take(&host, &vm).await;
     host.replace_agent().await;
     assert_eq!(generation(&host, &vm.id).await.as_ref(), Some(&born), "it is the same life");
@@ -99,20 +100,20 @@ async fn a_guest_with_another_life_is_told_so_and_one_that_lives_on_is_not() {
     restore(&host, &vm, &first).await;
     let second = generation(&host, &vm.id).await.expect("it has one");
     assert_ne!(second, born);
-    assert_eq!(forks_noticed(&host, &vm.id).await, 1);
+    assert_eq!(lives_told_of(&host, &vm.id).await, 1);
     restore(&host, &vm, &first).await;
     let third = generation(&host, &vm.id).await.expect("it has one");
     assert!(third != born && third != second, "{third}");
-    assert_eq!(forks_noticed(&host, &vm.id).await, 1, "it is where it was, and was told once since");
+    assert_eq!(lives_told_of(&host, &vm.id).await, 1, "it is where it was, and was told once since");
 
     let other = clone(&host, &vm, &first).await;
     let others = generation(&host, &other.id).await.expect("it has one");
     assert!(![&born, &second, &third].contains(&&others), "{others}");
-    assert_eq!(forks_noticed(&host, &other.id).await, 1);
+    assert_eq!(lives_told_of(&host, &other.id).await, 1);
 
     restart_cold(&host, &vm).await;
     assert_eq!(generation(&host, &vm.id).await, Some(third), "a start is no other life");
-    assert_eq!(forks_noticed(&host, &vm.id).await, 0);
+    assert_eq!(lives_told_of(&host, &vm.id).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
