@@ -1,0 +1,77 @@
+//! Which way memory is taken.
+//!
+//! In passes ([`CaptureWay::PreCopy`]) costs a running guest nothing but its pause, as long as it writes more slowly than
+//! its memory is taken. In the background costs a stall at each first write, and a pause that hardly depends on what the
+//! guest does. So passes come first, and the background is what a guest gets that they don't catch. Not so under translation
+//! by a QEMU before 9.0: there a pass makes the guest wait for seconds (`docs/benchmarks.md`), and the background comes first.
+//!
+//! A way that fails for a reason of its own is followed by the other one, so that a snapshot is taken if it can be.
+
+use berth_model::host::Accelerator;
+use berth_model::snapshot::CaptureWay;
+use berth_model::{Problem, ProblemCode};
+
+use super::background;
+use crate::qemu;
+use crate::vm::VmRuntime;
+
+/// The ways that are left for a snapshot, the next one first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ways(Vec<CaptureWay>);
+
+impl Ways {
+    /// Those that there are for a VM now.
+    pub async fn of(vm: &VmRuntime, is_running: bool) -> Self {
+        let mut ways = vec![CaptureWay::PreCopy];
+        // Holding a guest's processors takes the right to trace QEMU's process, which is another user's.
+        let may_hold = rustix::process::geteuid().is_root();
+        let Ok(qmp) = vm.qmp() else { return Self(ways) };
+        if is_running && may_hold && background::is_possible(qmp).await {
+            let waits = match (vm.services().hypervisor().await, vm.definition()) {
+                (Some(hypervisor), Ok(definition)) => {
+                    hypervisor.accelerator == Accelerator::Tcg
+                        && !qemu::only_in_right_qemu(&definition.spec.machine_type)
+                }
+                _ => false,
+            };
+            ways.insert(usize::from(!waits), CaptureWay::Background);
+        }
+        Self(ways)
+    }
+
+    /// The one that is next.
+    pub fn next(&self) -> CaptureWay {
+        self.0.first().copied().unwrap_or_default()
+    }
+
+    /// Whether there is another one after the next.
+    pub fn has_other(&self) -> bool {
+        self.0.len() > 1
+    }
+
+    /// What is left when the next one has failed; none when there is nothing, or nothing would help.
+    pub fn after(mut self, problem: &Problem) -> Option<Self> {
+        let is_final = matches!(problem.code, ProblemCode::Cancelled | ProblemCode::NoSpace);
+        if is_final || !self.has_other() {
+            return None;
+        }
+        self.0.remove(0);
+        Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_that_fails_is_followed_by_the_other_unless_that_would_not_help() {
+        let both = Ways(vec![CaptureWay::Background, CaptureWay::PreCopy]);
+        let failed = |code| Problem::new(code, "no");
+        assert_eq!(both.clone().after(&failed(ProblemCode::NoSpace)), None);
+        assert_eq!(both.clone().after(&failed(ProblemCode::Cancelled)), None);
+        let left = both.after(&failed(ProblemCode::Hypervisor)).expect("one is left");
+        assert_eq!((left.next(), left.has_other()), (CaptureWay::PreCopy, false));
+        assert_eq!(left.after(&failed(ProblemCode::Hypervisor)), None);
+    }
+}
