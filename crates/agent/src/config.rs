@@ -46,6 +46,32 @@ impl Default for NetworkConfig {
     }
 }
 
+/// Where what machines are made of is, beside QEMU. A host may lack it: then it takes no VM that needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MachineConfig {
+    /// The UEFI firmware's program, for a flash chip of its own.
+    pub firmware_code: PathBuf,
+    /// Variables as a new machine has them, for a second chip.
+    pub firmware_variables: PathBuf,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            firmware_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
+            firmware_variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Whether this host has UEFI firmware.
+    pub fn has_firmware(&self) -> bool {
+        self.firmware_code.is_file() && self.firmware_variables.is_file()
+    }
+}
+
 /// An agent's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,6 +100,9 @@ pub struct AgentConfig {
     /// QEMU's tool for images.
     #[serde(default = "default_qemu_img_binary")]
     pub qemu_img_binary: PathBuf,
+    /// What machines are made of beside QEMU.
+    #[serde(default)]
+    pub machine: MachineConfig,
     /// How VMs get their network.
     #[serde(default)]
     pub network: NetworkConfig,
@@ -161,7 +190,12 @@ impl AgentConfig {
         let mut faults = Vec::new();
         let directories = [("state_dir", &self.state_dir), ("run_dir", &self.run_dir)];
         let pools = self.pools.iter().map(|pool| ("pools.path", &pool.path));
-        let programs = [("qemu_binary", &self.qemu_binary), ("qemu_img_binary", &self.qemu_img_binary)];
+        let programs = [
+            ("qemu_binary", &self.qemu_binary),
+            ("qemu_img_binary", &self.qemu_img_binary),
+            ("machine.firmware_code", &self.machine.firmware_code),
+            ("machine.firmware_variables", &self.machine.firmware_variables),
+        ];
         for (key, path) in directories.into_iter().chain(pools).chain(programs) {
             if !path.is_absolute() {
                 faults.push(format!("{key} is '{}': expected an absolute path", path.display()));

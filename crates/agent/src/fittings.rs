@@ -9,7 +9,7 @@
 //! another number on its command line puts that into the guest's memory and tells the guest, before it runs. A machine
 //! that was made without the device stays without: a stream loads only into a machine with the same devices.
 
-use berth_model::{Problem, ProblemCode};
+use berth_model::{LayerId, Problem, ProblemCode};
 use serde::{Deserialize, Serialize};
 
 use crate::launcher::Hypervisor;
@@ -23,24 +23,30 @@ pub struct Fittings {
     /// The generation id, as a UUID; none: the machine has no such device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation_id: Option<String>,
+    /// The directory with what the machine remembers beside its disk ([`crate::nvram`]); none: it remembers nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nvram: Option<LayerId>,
 }
 
 impl Fittings {
-    /// Those of a new VM: all that this QEMU has.
+    /// Those of a new VM that remembers nothing: all that this QEMU has.
     ///
     /// # Errors
     /// When the system gives no random numbers.
     pub fn new(hypervisor: &Hypervisor) -> Result<Self, Problem> {
         let has_generation = hypervisor.abilities.devices.iter().any(|device| device == GENERATION_DEVICE);
-        Ok(Self { generation_id: has_generation.then(random_uuid).transpose()? })
+        Ok(Self { generation_id: has_generation.then(random_uuid).transpose()?, nvram: None })
     }
 
-    /// Those of another life of the same machine.
+    /// Those of another life of the same machine, which begins with this writable layer.
     ///
     /// # Errors
     /// When the system gives no random numbers.
-    pub fn renewed(&self) -> Result<Self, Problem> {
-        Ok(Self { generation_id: self.generation_id.as_ref().map(|_| random_uuid()).transpose()? })
+    pub fn renewed(&self, top: &LayerId) -> Result<Self, Problem> {
+        Ok(Self {
+            generation_id: self.generation_id.as_ref().map(|_| random_uuid()).transpose()?,
+            nvram: self.nvram.as_ref().map(|_| top.clone()),
+        })
     }
 }
 
@@ -66,10 +72,11 @@ mod tests {
 
     #[test]
     fn another_life_has_another_generation_and_a_machine_without_one_gets_none() {
-        let first = Fittings { generation_id: Some(random_uuid().expect("random")) };
-        let second = first.renewed().expect("random");
-        assert!(second.generation_id.is_some());
-        assert_ne!(first, second);
-        assert_eq!(Fittings::default().renewed().expect("random"), Fittings::default());
+        let [born, top] = [1, 2].map(|number| LayerId::from_entropy([number; 10]));
+        let first = Fittings { generation_id: Some(random_uuid().expect("random")), nvram: Some(born) };
+        let second = first.renewed(&top).expect("random");
+        assert!(second.generation_id.is_some() && second.generation_id != first.generation_id);
+        assert_eq!(second.nvram.as_ref(), Some(&top));
+        assert_eq!(Fittings::default().renewed(&top).expect("random"), Fittings::default());
     }
 }

@@ -38,6 +38,7 @@ pub async fn take(services: &Services) -> Result<Inventory, Problem> {
         qemu: hypervisor.abilities,
         pools,
         network: services.config.network.mode,
+        uefi: services.config.machine.has_firmware(),
         isolated_users: services.isolated_users,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     })

@@ -262,6 +262,16 @@ impl VmDirs {
         self.disk.join("seed.img")
     }
 
+    /// Where what the machine remembers beside its disk is.
+    pub fn nvrams(&self) -> PathBuf {
+        self.disk.join("nvram")
+    }
+
+    /// One directory of it.
+    pub fn nvram(&self, id: &LayerId) -> PathBuf {
+        self.nvrams().join(id.as_str())
+    }
+
     /// Where snapshots are.
     pub fn snapshots(&self) -> PathBuf {
         self.disk.join("snapshots")

@@ -3,7 +3,7 @@
 //! Read in this order: [`config`] (what the agent is told), [`agent`] (what it starts with and where tasks go), [`http`]
 //! (the contract's routes), then one VM's life: [`vm`], [`qemu`] (its command line), [`launcher`] (its process), and
 //! what is done with it: [`snapshot`], [`migration`]. The rest are the things that these stand on: [`layout`] and
-//! [`durable`] (files), [`fittings`], [`disk`], [`image`], [`seed`], [`network`], [`console`], [`sandbox`].
+//! [`durable`] (files), [`fittings`], [`nvram`], [`disk`], [`image`], [`seed`], [`network`], [`console`], [`sandbox`].
 
 pub mod config;
 pub mod run;
@@ -30,6 +30,7 @@ pub mod disk;
 pub mod fittings;
 pub mod image;
 pub mod network;
+pub mod nvram;
 pub mod pool;
 pub mod qcow2;
 pub mod room;

@@ -5,22 +5,23 @@
 //! machine type with its version, each disk's format and backing stated by name.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use berth_api::agent::VmDefinition;
 use berth_model::LayerId;
 use berth_model::host::Accelerator;
 use berth_model::image::PartRole;
-use berth_model::vm::PortForward;
+use berth_model::vm::{Firmware, PortForward};
 
 use crate::fittings::{GENERATION_DEVICE, uuid_text};
 use crate::launcher::{Argument, Descriptor, MachineSummary, Socket};
 use crate::layout::VmDirs;
+use crate::nvram;
 use crate::vm::{LaunchPlan, Memory};
 
 pub mod disk;
 
-use disk::Chain;
+use disk::{Chain, FIRMWARE_NODE, VARIABLES_NODE};
 
 /// The id of the memory's back end, and so the name of guest memory in streams.
 pub const MEMORY_ID: &str = "pc.ram";
@@ -105,6 +106,8 @@ pub struct Machine<'a> {
     pub nics: &'a [Nic],
     /// Whether the writable layer is to go past the host's page cache.
     pub direct_io: bool,
+    /// The program of UEFI firmware, for a machine that has it.
+    pub firmware_code: &'a Path,
 }
 
 impl Machine<'_> {
@@ -142,10 +145,13 @@ impl Machine<'_> {
         }
         words.pair("-display", "none");
         words.pair("-vga", "none");
-        let machine = format!(
+        let mut machine = format!(
             "{},memory-backend={MEMORY_ID},usb=off,dump-guest-core=off,mem-merge=off",
             escaped(&spec.machine_type)
         );
+        if self.variables().is_some() {
+            machine.push_str(&format!(",pflash0={FIRMWARE_NODE},pflash1={VARIABLES_NODE}"));
+        }
         words.pair("-machine", machine);
         let accelerator = match self.accelerator {
             Accelerator::Kvm => "kvm",
@@ -191,6 +197,11 @@ impl Machine<'_> {
             words.pair("-blockdev", node.to_string());
         }
         words.pair("-blockdev", disk::seed_options(&self.dirs.seed()).to_string());
+        if let Some(variables) = self.variables() {
+            for node in disk::flash_options(self.firmware_code, &variables) {
+                words.pair("-blockdev", node.to_string());
+            }
+        }
         let top = chain.top_node();
         words.pair("-device", format!("virtio-blk-pci,id={DISK_ID},drive={top},{}", self.slot(0x3)));
         words
@@ -269,6 +280,12 @@ impl Machine<'_> {
         if !image.kernel_command_line.is_empty() {
             words.pair("-append", image.kernel_command_line.clone());
         }
+    }
+
+    /// The file with the variables of a machine with UEFI firmware.
+    fn variables(&self) -> Option<PathBuf> {
+        let nvram = self.plan.fittings.nvram.as_ref().filter(|_| self.definition.spec.firmware == Firmware::Uefi);
+        nvram.map(|id| self.dirs.nvram(id).join(nvram::VARIABLES))
     }
 
     fn chain(&self) -> Chain<'_> {

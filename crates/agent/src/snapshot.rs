@@ -24,6 +24,7 @@ use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus, RunState};
 use crate::durable::{self, FileError, blocking};
 use crate::layout::{VmDirs, VmRecord};
 use crate::migration::outgoing::settle;
+use crate::nvram::{self, Keeping};
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
@@ -223,6 +224,9 @@ async fn take_of_disk(
         chain.push(new_top.clone());
         vm.set_chain(chain).await?;
     }
+    if let Some(keeping) = keeping(vm, &draft)? {
+        keeping.keep().await?;
+    }
     let facts = SnapshotFacts { layers: frozen, ..SnapshotFacts::default() };
     put_away(vm, draft, snapshot, facts, None, started).await
 }
@@ -278,6 +282,7 @@ async fn take_one_way(
                     old_top: &old_top,
                     old_top_path: &old_top_path,
                     new_top,
+                    nvram: keeping(vm, &draft)?,
                     was_running: status.running,
                     way: ways.next(),
                     slow_guest_down: !ways.has_other(),
@@ -387,7 +392,11 @@ async fn take_again(
     };
     let files = SnapshotFiles::of(vm.dirs()?, &earlier.snapshot);
     held::link(&files, &memory, draft.files()).map_err(Problem::from)?;
+    let keeping = keeping(vm, draft)?;
     layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
+    if let Some(keeping) = keeping {
+        keeping.keep().await.map_err(|problem| CaptureFailure { problem, switched: true })?;
+    }
     let facts = SnapshotFacts {
         paused_us: 0,
         total_ms: 0,
@@ -421,12 +430,14 @@ async fn put_away(
         facts.disk_stored_bytes = memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
         facts.total_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let layers = facts.layers.clone();
+        let nvram = nvram::freeze(draft.files().directory())?;
         let manifest = Manifest {
             format: archive::FORMAT,
             snapshot,
             definition,
             layers,
             fittings,
+            nvram,
             memory,
             facts: facts.clone(),
             borrowed_nics,
@@ -495,6 +506,13 @@ async fn undo_half_done(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Pro
 async fn begin(vm: &VmRuntime, snapshot: &SnapshotId) -> Result<Draft, Problem> {
     let (dirs, snapshot, reader) = (vm.dirs()?.clone(), snapshot.clone(), vm.user_id()?);
     blocking(move || Ok(Draft::begin(&dirs, &snapshot, reader)?)).await
+}
+
+/// How what the machine remembers beside its disk is kept; none: it remembers nothing.
+fn keeping(vm: &VmRuntime, draft: &Draft) -> Result<Option<Keeping>, Problem> {
+    let (dirs, id) = (vm.dirs()?, vm.vm_record()?.fittings.nvram.as_ref());
+    let to = draft.files().directory().to_owned();
+    Ok(id.map(|id| Keeping { from: dirs.nvram(id), to }))
 }
 
 /// The layers that a snapshot taken now would have, and the guest's memory in bytes.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use berth_api::agent::TaskSpec;
-use berth_model::vm::Nic;
+use berth_model::vm::{Firmware, Nic};
 use berth_model::{SnapshotId, VmId};
 use berth_qmp::guest_agent::GuestAgent;
 use berth_qmp::{ConnectOptions, Qmp};
@@ -66,6 +66,7 @@ async fn restore(host: &TestHost, vm: &TestVm, snapshot: &SnapshotId) {
 async fn clone(host: &TestHost, origin: &TestVm, from: &SnapshotId) -> TestVm {
     let other = definition(origin.definition.spec.memory_mib);
     let mut made = TestVm { id: other.id.clone(), definition: other };
+    made.definition.spec.firmware = origin.definition.spec.firmware;
     made.definition.image = origin.definition.image.clone();
     made.definition.spec.image = origin.definition.spec.image.clone();
     made.definition.spec.nics = vec![Nic { forwards: Vec::new(), ..made.definition.spec.nics[0].clone() }];
@@ -84,7 +85,120 @@ async fn clone(host: &TestHost, origin: &TestVm, from: &SnapshotId) -> TestVm {
 async fn restart_cold(host: &TestHost, vm: &TestVm) {
     host.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
     host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
-    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 120_000 }).await.expect("ready");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 300_000 }).await.expect("ready");
+}
+
+/// A VM with UEFI firmware that runs and whose guest answers.
+async fn uefi_vm(host: &TestHost) -> TestVm {
+    let mut definition = definition(256);
+    definition.spec.firmware = Firmware::Uefi;
+    host.vm_of(definition).await
+}
+
+/// Has the guest write a variable of its firmware, or look whether it is as it was written.
+fn variable(word: &str, value: &str) -> String {
+    // One of the few vendors whose variables Linux lets be written anew.
+    let path = "/run/efi/Berth-cfc8fc79-be2e-4ddc-97f0-9f98bfe298a0";
+    let mounted = "mkdir -p /run/efi; mount -t efivarfs none /run/efi 2> /dev/null;";
+    let content = format!(r"printf '\007\000\000\000{value}'");
+    match word {
+        "write" => format!("{mounted} {content} > {path}"),
+        _ => format!("{mounted} {content} | cmp -s - {path}"),
+    }
+}
+
+async fn write_variable(host: &TestHost, vm: &VmId, value: &str) {
+    assert_eq!(in_guest(host, vm, &variable("write", value)).await, 0, "{value} can't be written");
+}
+
+async fn has_variable(host: &TestHost, vm: &VmId, value: &str) -> bool {
+    in_guest(host, vm, &variable("look", value)).await == 0
+}
+
+fn nvrams(host: &TestHost, vm: &VmId) -> usize {
+    std::fs::read_dir(host.vm_directory(vm).join("nvram")).expect("directory").count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_variables_of_the_firmware_are_those_of_each_snapshot_and_of_no_other() {
+    let mut host = TestHost::start().await;
+    let vm = uefi_vm(&host).await;
+    host.probe(&vm.id).write(3).expect("files");
+    write_variable(&host, &vm.id, "first").await;
+    let first = take(&host, &vm).await;
+    write_variable(&host, &vm.id, "later").await;
+    let disk = snapshot();
+    let spec = TaskSpec::TakeDiskSnapshot { snapshot: disk.clone(), new_top: layer(), quiesce: false };
+    host.task(&vm.id, spec).await.expect("taken");
+    write_variable(&host, &vm.id, "last").await;
+
+    restore(&host, &vm, &first).await;
+    assert!(has_variable(&host, &vm.id, "first").await);
+    let found = host.probe(&vm.id).verify(LONG).expect("verified");
+    assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 3, 0));
+    host.replace_agent().await;
+    assert_eq!(nvrams(&host, &vm.id), 1, "the other one went with its process");
+    // What the guest writes after a restore is its own, and stays when it starts anew.
+    write_variable(&host, &vm.id, "own").await;
+    restart_cold(&host, &vm).await;
+    assert!(has_variable(&host, &vm.id, "own").await);
+
+    let other = clone(&host, &vm, &first).await;
+    assert!(has_variable(&host, &other.id, "first").await);
+    write_variable(&host, &other.id, "other").await;
+    restart_cold(&host, &other).await;
+    assert!(has_variable(&host, &other.id, "other").await && has_variable(&host, &vm.id, "own").await);
+
+    restore(&host, &vm, &disk).await;
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 300_000 }).await.expect("ready");
+    assert!(has_variable(&host, &vm.id, "later").await);
+    restore(&host, &vm, &first).await;
+    assert!(has_variable(&host, &vm.id, "first").await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn variables_that_are_not_what_they_were_are_refused_and_the_vm_runs_on() {
+    let host = TestHost::start().await;
+    let vm = uefi_vm(&host).await;
+    let first = take(&host, &vm).await;
+    let path = host.vm_directory(&vm.id).join("snapshots").join(first.as_str()).join("vars.fd");
+    let mut bytes = std::fs::read(&path).expect("read");
+    bytes[1000] ^= 1;
+    std::fs::remove_file(&path).expect("removed");
+    std::fs::write(&path, bytes).expect("written");
+    let spec = TaskSpec::RestoreSnapshot {
+        definition: vm.boxed(),
+        snapshot: first.clone(),
+        new_top: layer(),
+        paused: false,
+    };
+    let problem = host.task(&vm.id, spec).await.expect_err("refused");
+    assert!(problem.message.contains("vars.fd"), "{problem:?}");
+    assert_eq!(nvrams(&host, &vm.id), 1, "nothing is left of it");
+    host.probe(&vm.id).tick().expect("it runs");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_dies_in_a_restore_leaves_the_variables_whole() {
+    let mut host = TestHost::start().await;
+    let vm = uefi_vm(&host).await;
+    write_variable(&host, &vm.id, "first").await;
+    let first = take(&host, &vm).await;
+    write_variable(&host, &vm.id, "later").await;
+    for delay_ms in [20, 60, 120, 250] {
+        let (snapshot, new_top) = (first.clone(), layer());
+        let spec = TaskSpec::RestoreSnapshot { definition: vm.boxed(), snapshot, new_top, paused: false };
+        host.put(&vm.id, spec.clone());
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        host.replace_agent().await;
+        host.task(&vm.id, spec).await.expect("restored in the end");
+        assert!(has_variable(&host, &vm.id, "first").await, "after {delay_ms} ms");
+        assert_eq!(nvrams(&host, &vm.id), 1, "after {delay_ms} ms");
+        write_variable(&host, &vm.id, "later").await;
+    }
+    restart_cold(&host, &vm).await;
+    assert!(has_variable(&host, &vm.id, "later").await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,7 +10,7 @@ use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
 use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
-use berth_model::vm::{Nic, Vm};
+use berth_model::vm::{Firmware, Nic, Vm};
 use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp, TokenId, UserId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -332,6 +332,9 @@ pub struct CreateVm {
     /// The machine type; none: the newest that every host offers.
     #[serde(default)]
     pub machine_type: Option<String>,
+    /// What starts it; none: a BIOS.
+    #[serde(default)]
+    pub firmware: Option<Firmware>,
     /// The host to start on (id or name); none: Berth chooses.
     #[serde(default)]
     pub host: Option<String>,

@@ -172,6 +172,7 @@ fn wanted_config(arguments: &Arguments) -> Result<AgentConfig, Failure> {
         qemu_binary: "/usr/bin/qemu-system-x86_64".into(),
         qemu_arguments: Vec::new(),
         qemu_img_binary: "/usr/bin/qemu-img".into(),
+        machine: berth_agent::config::MachineConfig::default(),
         network,
         user_id_base: USER_ID_BASE,
         layers_max: LAYERS_MAX,

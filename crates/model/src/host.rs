@@ -77,6 +77,9 @@ pub struct Inventory {
     pub pools: Vec<PoolReport>,
     /// How VMs get their network.
     pub network: NetworkMode,
+    /// Whether it has UEFI firmware for VMs.
+    #[serde(default)]
+    pub uefi: bool,
     /// Whether each QEMU runs as a user of its own (the agent is root).
     pub isolated_users: bool,
     /// The agent's version.

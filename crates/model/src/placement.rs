@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 
 use crate::host::{Host, HostState};
-use crate::vm::VmSpec;
+use crate::vm::{Firmware, VmSpec};
 use crate::{HostId, Problem, ProblemCode};
 
 /// Memory that is kept back on each host for the host itself, in MiB. Too low: the agent or QEMU's own overhead
@@ -43,6 +43,9 @@ pub fn refusal(spec: &VmSpec, candidate: &Candidate<'_>) -> Option<String> {
     }
     if host.pool(&spec.pool).is_none() {
         return Some(format!("it has no access to pool {}", spec.pool));
+    }
+    if spec.firmware == Firmware::Uefi && !inventory.uefi {
+        return Some("it has no UEFI firmware (Debian's package ovmf)".to_owned());
     }
     if spec.vcpus > inventory.cpus.saturating_mul(VCPUS_PER_CPU_MAX) {
         return Some(format!("{} vCPUs are too many for its {} CPUs", spec.vcpus, inventory.cpus));
@@ -122,6 +125,7 @@ mod tests {
                 qemu,
                 pools: vec![pool],
                 network: NetworkMode::User,
+                uefi: true,
                 isolated_users: false,
                 agent_version: String::new(),
             }),
@@ -139,6 +143,7 @@ mod tests {
             image: ImageId::from_entropy([0; 10]),
             pool: "default".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),
+            firmware: crate::vm::Firmware::default(),
             cpu_model: "max".into(),
             nics: vec![],
             user_data: None,

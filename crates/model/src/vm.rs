@@ -72,6 +72,19 @@ pub struct PortForward {
     pub guest_port: u16,
 }
 
+/// What starts a machine before the system on its disk does.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Firmware {
+    /// A BIOS, which remembers nothing.
+    #[default]
+    Bios,
+    /// UEFI, with variables that are kept with the VM's disk.
+    Uefi,
+}
+
 /// What a VM is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct VmSpec {
@@ -89,6 +102,9 @@ pub struct VmSpec {
     pub machine_type: String,
     /// The CPU model that the guest sees; every host that it moves to must offer it.
     pub cpu_model: String,
+    /// What starts it.
+    #[serde(default)]
+    pub firmware: Firmware,
     /// Its network interfaces.
     pub nics: Vec<Nic>,
     /// cloud-init user data, given through a NoCloud seed.

@@ -362,6 +362,7 @@ impl SimCluster {
             qemu_binary: PathBuf::from("/nonexistent/qemu"),
             qemu_arguments: Vec::new(),
             qemu_img_binary: PathBuf::from("/nonexistent/qemu-img"),
+            machine: berth_agent::config::MachineConfig::default(),
             network: NetworkConfig::default(),
             user_id_base: berth_agent::config::USER_ID_BASE,
             // What a layer here holds is no qcow2.

@@ -17,7 +17,7 @@ use super::output;
 pub const GROUPS: [(&str, &[&str]); 3] = [
     ("early", &["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "crc32c_generic", "ext4"]),
     ("seed", &["nls_cp437", "nls_ascii", "nls_iso8859_1", "nls_utf8", "vfat", "isofs"]),
-    ("late", &["button", "evdev", "virtio_rng", "virtio_balloon", "pvpanic", "pvpanic_pci"]),
+    ("late", &["button", "evdev", "virtio_rng", "virtio_balloon", "pvpanic", "pvpanic_pci", "efivarfs"]),
 ];
 
 /// One module in the image.

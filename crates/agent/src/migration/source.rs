@@ -23,6 +23,7 @@ use super::storage::sending::Top;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::blocking;
 use crate::layout::VmRecord;
+use crate::nvram;
 use crate::snapshot::{capture, identity, layers};
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
@@ -209,7 +210,14 @@ async fn launch_target(
     link: &mut Link<FromTarget>,
 ) -> Result<Option<Top>, Problem> {
     let VmRecord { chain, fittings, .. } = vm.vm_record()?.clone();
-    link.sender.say(&FromSource::Launch { chain, fittings }).await?;
+    let nvram = match &fittings.nvram {
+        Some(id) if !order.shared_pool => {
+            let directory = vm.dirs()?.nvram(id);
+            nvram::encode(&blocking(move || Ok(nvram::read(&directory)?)).await?)
+        }
+        Some(_) | None => nvram::Encoded::new(),
+    };
+    link.sender.say(&FromSource::Launch { chain, fittings, nvram }).await?;
     let waiting = |message: &FromTarget| matches!(message, FromTarget::Waiting);
     answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "a process that waits", waiting).await?;
     if order.shared_pool {

@@ -18,6 +18,7 @@ use berth_model::{LayerId, Problem};
 use super::wire::{CHUNK_BYTES, FileName, FileOffer, SnapshotPart};
 use crate::durable::FileError;
 use crate::layout::VmDirs;
+use crate::nvram;
 use crate::snapshot::archive::{self, SnapshotFiles};
 use crate::snapshot::{layers_present, memory};
 
@@ -38,6 +39,7 @@ impl FileName {
                     SnapshotPart::Difference { number } => files.memory_file(*number),
                     SnapshotPart::Device => files.device(),
                     SnapshotPart::Index => files.index(),
+                    SnapshotPart::Variables => files.nvram(nvram::VARIABLES),
                     SnapshotPart::Manifest => files.manifest(),
                 }
             }
@@ -66,6 +68,9 @@ pub fn unchanging(dirs: &VmDirs, writable_top: &LayerId) -> Result<Vec<FileOffer
             parts
                 .extend(memory.differences.iter().map(|number| SnapshotPart::Difference { number: *number }));
             parts.extend([SnapshotPart::Device, SnapshotPart::Index]);
+        }
+        if manifest.nvram.contains_key(nvram::VARIABLES) {
+            parts.push(SnapshotPart::Variables);
         }
         parts.push(SnapshotPart::Manifest);
         names.extend(parts.into_iter().map(|part| FileName::Snapshot { snapshot: snapshot.clone(), part }));

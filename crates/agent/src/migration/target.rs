@@ -22,6 +22,7 @@ use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::{self, blocking};
 use crate::fittings::Fittings;
 use crate::layout::VmRecord;
+use crate::nvram::{self, Encoded, Place};
 use crate::snapshot::layers;
 use crate::vm::actor::Receive;
 use crate::vm::{LaunchPlan, Memory, VmRuntime, files};
@@ -122,9 +123,12 @@ async fn run(
     if !admission.shared_pool {
         files::make_directories(vm.services(), vm.dirs()?, &admission.definition).await?;
     }
-    let (chain, fittings) = take_files(link, files, decided).await?;
+    let (chain, fittings, nvram) = take_files(link, files, decided).await?;
     let definition = admission.definition.clone();
     let record = VmRecord { definition, chain, fittings };
+    if !admission.shared_pool {
+        make_nvram(vm, &record, &nvram).await?;
+    }
     let mut incoming = start_process(vm, admission, record, link, files).await?;
     let marker = arrival::prepare(vm).await?;
     link.sender.say(&FromTarget::Waiting).await?;
@@ -234,13 +238,13 @@ async fn welcome(
     Ok(link.sender.say(&FromTarget::Welcome { version: VERSION }).await?)
 }
 
-/// Takes what does not change, until the source asks for a process; gives the disk's layers and what the machine is
-/// fitted with.
+/// Takes what does not change, until the source asks for a process; gives the disk's layers, what the machine is fitted
+/// with, and what it remembers beside its disk.
 async fn take_files(
     link: &mut Link<FromSource>,
     files: &Files,
     decided: &CancellationToken,
-) -> Result<(Vec<LayerId>, Fittings), Problem> {
+) -> Result<(Vec<LayerId>, Fittings, Encoded), Problem> {
     loop {
         match next(link, decided, SILENCE_TIMEOUT).await? {
             FromSource::Ping { number } => pong(&link.sender, number).await?,
@@ -252,7 +256,7 @@ async fn take_files(
                 files.sync(top_length_bytes).await?;
                 link.sender.say(&FromTarget::Synced).await?;
             }
-            FromSource::Launch { chain, fittings } => return Ok((chain, fittings)),
+            FromSource::Launch { chain, fittings, nvram } => return Ok((chain, fittings, nvram)),
             FromSource::Failed { problem } => return Err(problem),
             other => return Err(unexpected(&other, "files")),
         }
@@ -285,6 +289,19 @@ async fn start_process(
     link.messages.deliver_stream(write);
     link.sender.send_answers(read);
     Ok(incoming)
+}
+
+/// What the machine remembers beside its disk, as it was a moment ago: the stream has what it is in the end.
+async fn make_nvram(vm: &VmRuntime, record: &VmRecord, nvram: &Encoded) -> Result<(), Problem> {
+    let Some(id) = record.fittings.nvram.clone() else { return Ok(()) };
+    let contents = nvram::decode(nvram)?;
+    let owner = vm.services().user_id(record.definition.number);
+    let place = Place { dirs: vm.dirs()?.clone(), owner };
+    blocking(move || {
+        place.make(&id, &contents)?;
+        Ok(nvram::sync(&place.dirs, &id)?)
+    })
+    .await
 }
 
 async fn make_top(vm: &VmRuntime, chain: &[LayerId]) -> Result<(), Problem> {

@@ -41,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::fittings::Fittings;
+use crate::nvram::Encoded;
 
 /// The name in the connection's `Upgrade` header.
 pub const UPGRADE: &str = "berth-migration";
@@ -166,6 +167,8 @@ pub enum SnapshotPart {
     Device,
     /// The page index.
     Index,
+    /// The firmware's variables.
+    Variables,
     /// The manifest.
     Manifest,
 }
@@ -205,6 +208,8 @@ pub enum FromSource {
         chain: Vec<LayerId>,
         #[serde(default)]
         fittings: Fittings,
+        #[serde(default, skip_serializing_if = "Encoded::is_empty")]
+        nvram: Encoded,
     },
     Commit,
     Failed {

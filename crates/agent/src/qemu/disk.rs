@@ -10,6 +10,10 @@ use crate::layout::VmDirs;
 
 /// The node of the cloud-init seed.
 pub const SEED_NODE: &str = "seed";
+/// The node of the firmware's program.
+pub const FIRMWARE_NODE: &str = "firmware";
+/// The node of the firmware's variables.
+pub const VARIABLES_NODE: &str = "variables";
 
 /// A VM's disk from its image to its writable top.
 #[derive(Debug, Clone, Copy)]
@@ -122,6 +126,16 @@ pub fn layer_options(
 pub fn seed_options(path: &Path) -> Value {
     let file = file_options(path, "fseed", Access::Frozen);
     json!({"driver": "raw", "node-name": SEED_NODE, "read-only": true, "file": file})
+}
+
+/// The options of the nodes behind the two flash chips of a machine with UEFI firmware.
+pub fn flash_options(code: &Path, variables: &Path) -> [Value; 2] {
+    // What QEMU writes to the chip's file waits in the host's cache for nothing: it is half a MiB, written seldom.
+    let writable = Access::Writable { direct_io: false };
+    [(FIRMWARE_NODE, code, Access::Frozen), (VARIABLES_NODE, variables, writable)].map(|(node, path, access)| {
+        let file = file_options(path, &format!("f{node}"), access);
+        json!({"driver": "raw", "node-name": node, "read-only": access.is_frozen(), "file": file})
+    })
 }
 
 /// The block node of a layer.

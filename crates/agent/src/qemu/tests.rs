@@ -2,7 +2,7 @@
 
 use super::*;
 use berth_model::image::{PartFormat, PartRole};
-use berth_model::vm::Nic as NicSpec;
+use berth_model::vm::{Firmware, Nic as NicSpec};
 
 use crate::fittings::Fittings;
 use crate::layout::{PoolDirs, VmDirs};
@@ -53,7 +53,7 @@ fn a_cold_start_on_a_raw_image_with_two_layers() {
     definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
     let plan = LaunchPlan::cold(
         vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])],
-        Fittings { generation_id: Some("11111111-2222-4333-8444-555555555555".into()) },
+        Fittings { generation_id: Some("11111111-2222-4333-8444-555555555555".into()), ..Fittings::default() },
     );
     let machine = Machine {
         definition: &definition,
@@ -62,6 +62,7 @@ fn a_cold_start_on_a_raw_image_with_two_layers() {
         accelerator: Accelerator::Tcg,
         nics: &[Nic::Tap, Nic::Tap],
         direct_io: true,
+        firmware_code: Path::new("/firmware/code.fd"),
     };
     insta::assert_snapshot!(lines(&machine));
     assert_eq!(machine.summary().nodes.len(), 3);
@@ -74,11 +75,12 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
         [PartRole::Kernel, PartRole::Initrd].map(|role| testing::part(role, PartFormat::Raw)).to_vec();
     definition.image.kernel_command_line = "console=ttyS0 quiet".into();
     definition.spec.machine_type = "pc-i440fx-10.0".into();
+    definition.spec.firmware = Firmware::Uefi;
     definition.spec.nics = vec![testing::nic(Some("198.18.5.20/24"), Some("198.18.5.1"))];
     let plan = LaunchPlan {
         chain: vec![LayerId::from_entropy([2; 10])],
         memory: Memory::Image("/pool/vms/a,b/memory.raw".into()),
-        fittings: Fittings::default(),
+        fittings: Fittings { nvram: Some(LayerId::from_entropy([2; 10])), ..Fittings::default() },
         incoming: true,
     };
     let subnet = UserSubnet {
@@ -96,6 +98,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
         accelerator: Accelerator::Kvm,
         nics: &[Nic::User { subnet: Some(subnet), forwards }],
         direct_io: false,
+        firmware_code: Path::new("/firmware/code.fd"),
     };
     insta::assert_snapshot!(lines(&machine));
 }
@@ -114,6 +117,7 @@ fn what_people_wrote_can_not_become_an_option() {
         accelerator: Accelerator::Tcg,
         nics: &[Nic::Tap],
         direct_io: false,
+        firmware_code: Path::new("/firmware/code.fd"),
     };
     let text = lines(&machine);
     for escaped in ["q35,,kernel=", "max,,enforce", "56,,x=y"] {

@@ -5,6 +5,7 @@
 //! memory.1.raw … pages that differ from it, see [`super::image`] }
 //! device.bin     everything else that QEMU sent: loadable       }
 //! pages.idx      hash and place of each page of memory          }
+//! vars.fd        the firmware's variables, of a machine that has such, see [`crate::nvram`]
 //! snapshot.json  the manifest: what the VM was, its layers, checksums, what it cost
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! directory with a snapshot's name is a whole snapshot, and anything else is a leftover. The manifest also stands for
 //! the layers: they are named in it and lie with the VM's other layers, for they are shared between snapshots.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, fchown};
@@ -26,13 +28,14 @@ use serde::{Deserialize, Serialize};
 use crate::durable::{self, FileError};
 use crate::fittings::Fittings;
 use crate::layout::VmDirs;
+use crate::nvram::Contents;
 
 /// The manifest's format; another one is refused.
 pub const FORMAT: u32 = 2;
 /// What an unfinished snapshot's name starts with.
 const UNFINISHED_PREFIX: &str = ".new-";
 /// Mode of what is never written again.
-pub(super) const FROZEN_MODE: u32 = 0o440;
+pub(crate) const FROZEN_MODE: u32 = 0o440;
 
 /// What a snapshot is of, and how to know that it is unharmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +51,9 @@ pub struct Manifest {
     /// What its machine was fitted with.
     #[serde(default)]
     pub fittings: Fittings,
+    /// BLAKE3 of each file that its machine remembered something in beside its disk, in hexadecimal, by the file's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub nvram: BTreeMap<String, String>,
     /// Its memory; none when the VM was stopped.
     #[serde(default)]
     pub memory: Option<MemoryManifest>,
@@ -172,6 +178,11 @@ impl SnapshotFiles {
         self.directory.join("device.bin")
     }
 
+    /// A file that the machine remembered something in beside its disk.
+    pub fn nvram(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
     /// The page index.
     pub fn index(&self) -> PathBuf {
         self.directory.join("pages.idx")
@@ -198,6 +209,25 @@ pub fn read(dirs: &VmDirs, snapshot: &SnapshotId) -> Result<Manifest, ArchiveErr
         });
     }
     Ok(manifest)
+}
+
+/// What the snapshot's machine remembered beside its disk, found unharmed. Blocks.
+///
+/// # Errors
+/// When a file can't be read, or is not what it was.
+pub fn remembered(dirs: &VmDirs, manifest: &Manifest) -> Result<Contents, ArchiveError> {
+    let files = SnapshotFiles::of(dirs, &manifest.snapshot);
+    let mut contents = Contents::new();
+    for (name, expected) in &manifest.nvram {
+        let path = files.nvram(name);
+        let bytes = fs::read(&path).map_err(FileError::io(&path, "read"))?;
+        if blake3::hash(&bytes).to_hex().as_str() != expected {
+            let (snapshot, detail) = (manifest.snapshot.clone(), "its checksum differs".to_owned());
+            return Err(ArchiveError::Damaged { snapshot, path, detail });
+        }
+        contents.insert(name.clone(), bytes);
+    }
+    Ok(contents)
 }
 
 /// Writes the manifest of a snapshot that is there anew: its layers have other names now, and hold what they held.

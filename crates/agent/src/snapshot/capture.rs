@@ -3,7 +3,7 @@
 //! ```text
 //! guest runs   QEMU ──pass 1, 2, 3 …──► collector (a thread) ──► memory.raw
 //! STOP         what is left fits into the pause; disks are flushed
-//!              layers are switched: the disk's instant is the memory's
+//!              layers are switched: the disk's instant is the memory's; the firmware's variables are copied
 //!              last pages and device state                ──► memory.raw, device.bin
 //! RESUME       the guest goes on, on the new layer
 //! ```
@@ -36,6 +36,7 @@ use super::slowdown::{self, CpuTime};
 use crate::durable::with_causes;
 use crate::migration::convergence::PauseBudget;
 use crate::migration::outgoing::{Outgoing, OutgoingError, Passage, Sending, settle};
+use crate::nvram::Keeping;
 use crate::task::TaskContext;
 
 pub mod background;
@@ -70,6 +71,8 @@ pub struct Capture<'a> {
     pub old_top_path: &'a Path,
     /// The layer that it writes to afterwards; open and empty.
     pub new_top: &'a LayerId,
+    /// What the machine remembers beside its disk, and where it is kept.
+    pub nvram: Option<Keeping>,
     /// Whether the guest runs.
     pub was_running: bool,
     /// How its memory is taken.
@@ -159,9 +162,11 @@ impl Capture<'_> {
                 () = self.keep_flushed() => Err(OutgoingError::Stuck),
             };
             let paused_us = flushed?;
+            // The guest runs already; what is in the stream, and what a restore gives it, is of the instant.
+            self.keep_nvram().await?;
             background.until_sent(context.cancel(), |passage| context.progress(progress(passage))).await?;
             let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
-            Ok(Taken { paused_us, cpu_ended, rounds: 1 })
+            Ok::<_, Problem>(Taken { paused_us, cpu_ended, rounds: 1 })
         };
         let taken = taken.await;
         self.conclude(taken, collector, switched, cpu_begun).await
@@ -170,7 +175,7 @@ impl Capture<'_> {
     /// What was taken and collected, or why not: the guest is then brought back to what it was.
     async fn conclude(
         &self,
-        taken: Result<Taken, OutgoingError>,
+        taken: Result<Taken, Problem>,
         collector: Collector,
         switched: bool,
         cpu_begun: Option<CpuTime>,
@@ -191,7 +196,7 @@ impl Capture<'_> {
             }
             // The collector's fault is what QEMU met as a broken stream: it is the one to tell of.
             (_, Err(Some(error))) if self.is_cause(&error) => Err(failure(collect_problem(&error), switched)),
-            (Err(error), _) => Err(failure(error.into(), switched)),
+            (Err(problem), _) => Err(failure(problem, switched)),
             (Ok(_), Err(error)) => {
                 let problem = error.map_or_else(stuck, |error| collect_problem(&error));
                 Err(failure(problem, switched))
@@ -220,15 +225,16 @@ impl Capture<'_> {
         outgoing: &mut Outgoing,
         context: &TaskContext,
         switched: &mut bool,
-    ) -> Result<Taken, OutgoingError> {
+    ) -> Result<Taken, Problem> {
         tokio::select! {
             stopped = outgoing.until_switchover(context.cancel(), |passage| context.progress(progress(passage))) => {
                 stopped?;
             }
             () = self.keep_flushed() => {}
         }
-        layers::switch(self.qmp, self.old_top, self.new_top).await?;
+        layers::switch(self.qmp, self.old_top, self.new_top).await.map_err(layers::refused)?;
         *switched = true;
+        self.keep_nvram().await?;
         if self.was_running {
             outgoing.finish().await?;
             let paused_us = outgoing.take_back().await?;
@@ -238,6 +244,14 @@ impl Capture<'_> {
         } else {
             outgoing.finish_unanswered().await?;
             Ok(Taken { paused_us: 0, cpu_ended: None, rounds: outgoing.passes() })
+        }
+    }
+
+    /// What the machine remembers beside its disk is kept as it is now.
+    async fn keep_nvram(&self) -> Result<(), Problem> {
+        match &self.nvram {
+            Some(nvram) => nvram.keep().await,
+            None => Ok(()),
         }
     }
 

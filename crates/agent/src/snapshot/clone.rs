@@ -45,6 +45,7 @@ use crate::disk::FROZEN_MODE;
 use crate::durable::{self, FileError, blocking};
 use crate::image;
 use crate::layout::{VmDirs, VmRecord};
+use crate::nvram::{self, Place};
 use crate::room::Room;
 use crate::task::TaskContext;
 use crate::vm::{VmRuntime, files, lifecycle};
@@ -153,8 +154,9 @@ async fn make(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result
     }
     let top = &definition.first_layer;
     make_top(reader, &dirs, &definition, &manifest.layers, top).await?;
+    make_nvram(&taking, reader, &manifest, top).await?;
     files::write_seed(&services, &dirs, &definition).await?;
-    let fittings = manifest.fittings.renewed()?;
+    let fittings = manifest.fittings.renewed(top)?;
     let mut chain = manifest.layers;
     chain.push(top.clone());
     vm.set_vm_record(VmRecord { definition, chain, fittings }).await
@@ -189,6 +191,7 @@ fn machine(manifest: &Manifest, wanted: &VmDefinition) -> Result<VmDefinition, P
     (spec.vcpus, spec.memory_mib, spec.disk_mib) = (was.vcpus, was.memory_mib, was.disk_mib);
     spec.image.clone_from(&was.image);
     spec.machine_type.clone_from(&was.machine_type);
+    spec.firmware = was.firmware;
     spec.cpu_model.clone_from(&was.cpu_model);
     Ok(definition)
 }
@@ -216,6 +219,25 @@ async fn make_top(
     blocking(move || {
         let below = Below { path: &below, format: "qcow2" };
         Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
+    })
+    .await
+}
+
+/// What the clone's machine remembers beside its disk: what the origin's did. It is the clone's own from here on.
+async fn make_nvram(
+    taking: &Taking,
+    owner: Option<u32>,
+    manifest: &Manifest,
+    top: &LayerId,
+) -> Result<(), Problem> {
+    if manifest.fittings.nvram.is_none() {
+        return Ok(());
+    }
+    let (origin, manifest, top) = (taking.origin.clone(), manifest.clone(), top.clone());
+    let place = Place { dirs: taking.dirs.clone(), owner };
+    blocking(move || {
+        place.make(&top, &archive::remembered(&origin, &manifest)?)?;
+        Ok(nvram::sync(&place.dirs, &top)?)
     })
     .await
 }

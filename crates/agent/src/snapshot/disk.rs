@@ -14,8 +14,9 @@ use berth_model::snapshot::SnapshotFacts;
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 use berth_qmp::guest_agent::GuestAgent;
 
+use super::archive::Draft;
 use super::capture::CaptureFailure;
-use super::{begin, last, layers, prepare_switch, put_away, split_chain, undo, undo_half_done};
+use super::{begin, keeping, last, layers, prepare_switch, put_away, split_chain, undo, undo_half_done};
 use crate::durable::{self, with_causes};
 use crate::launcher::Socket;
 use crate::task::TaskContext;
@@ -55,8 +56,8 @@ pub(super) async fn take_of_running(
         context.phase("switching layers");
         let old_top = last(&frozen)?;
         match &agent {
-            Some(agent) => switch_frozen(vm, agent, old_top, new_top).await,
-            None => switch(vm, old_top, new_top).await,
+            Some(agent) => switch_frozen(vm, agent, &draft, old_top, new_top).await,
+            None => switch(vm, &draft, old_top, new_top).await,
         }
     };
     let outcome: Result<u64, CaptureFailure> = result.await;
@@ -92,17 +93,29 @@ pub(super) async fn thaw_left_frozen(vm: &VmRuntime) -> Result<(), Problem> {
     Ok(durable::remove_file(&marker)?)
 }
 
-/// Switches the layers; gives how long writes waited, in microseconds.
-async fn switch(vm: &VmRuntime, old_top: &LayerId, new_top: &LayerId) -> Result<u64, CaptureFailure> {
+/// Switches the layers; gives how long writes waited, in microseconds. What the machine remembers beside its disk is that
+/// of the moment after: its guest runs, but a firmware's variables are written once in a long while.
+async fn switch(
+    vm: &VmRuntime,
+    draft: &Draft,
+    old_top: &LayerId,
+    new_top: &LayerId,
+) -> Result<u64, CaptureFailure> {
+    let keeping = keeping(vm, draft)?;
     let asked = Instant::now();
     layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
-    Ok(us_since(asked))
+    let waited_us = us_since(asked);
+    if let Some(keeping) = keeping {
+        keeping.keep().await.map_err(|problem| CaptureFailure { problem, switched: true })?;
+    }
+    Ok(waited_us)
 }
 
 /// As [`switch`], with the guest's file systems frozen meanwhile, and thawed afterwards in any case.
 async fn switch_frozen(
     vm: &VmRuntime,
     agent: &GuestAgent,
+    draft: &Draft,
     old_top: &LayerId,
     new_top: &LayerId,
 ) -> Result<u64, CaptureFailure> {
@@ -111,7 +124,7 @@ async fn switch_frozen(
     let asked = Instant::now();
     let frozen = agent.freeze(FREEZE_TIMEOUT).await;
     let switched = match &frozen {
-        Ok(1..) => switch(vm, old_top, new_top).await.map(|_| ()),
+        Ok(1..) => switch(vm, draft, old_top, new_top).await.map(|_| ()),
         Ok(0) => Err(guest_problem("the guest agent froze none of the guest's file systems").into()),
         Err(error) => {
             let words = format!("the guest's file systems can't be frozen: {}", with_causes(error));

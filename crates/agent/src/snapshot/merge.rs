@@ -44,8 +44,9 @@ use crate::disk::merging::Merging;
 use crate::disk::pace::Pace;
 use crate::disk::{self, FROZEN_MODE, ImageTool};
 use crate::durable::{self, FileError, blocking};
-use crate::layout::VmDirs;
+use crate::layout::{VmDirs, VmRecord};
 use crate::migration::storage::receiving::remove_unfinished;
+use crate::nvram;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
@@ -360,8 +361,14 @@ pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
         return Ok(());
     }
     finish_begun(vm).await?;
-    let (dirs, chain) = (vm.dirs()?.clone(), vm.chain()?.to_vec());
+    // One that is being made ready for a restore has files that are on no record yet.
+    let is_alone = vm.ready_mut().is_none();
+    let VmRecord { chain, fittings, .. } = vm.vm_record()?.clone();
+    let dirs = vm.dirs()?.clone();
     blocking(move || {
+        if is_alone {
+            nvram::remove_others(&dirs, fittings.nvram.as_ref())?;
+        }
         remove_unfinished(&dirs.layers())?;
         remove_unneeded_layers(&dirs, &chain)
     })

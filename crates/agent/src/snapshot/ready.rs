@@ -37,6 +37,7 @@ use crate::launcher::{Launched, Process};
 use crate::layout::{VmDirs, VmRecord};
 use crate::migration::incoming::{Incoming, Origin};
 use crate::network::{self, Plug};
+use crate::nvram::Place;
 use crate::qemu;
 use crate::vm::process::Ground;
 use crate::vm::{LaunchPlan, Memory, VmRuntime};
@@ -157,7 +158,8 @@ pub async fn make(ground: &Ground, wanted: &Wanted, network: Network) -> Result<
     make_layer(&ground, &manifest, &wanted.new_top).await?;
     let mut chain = manifest.layers.clone();
     chain.push(wanted.new_top.clone());
-    let fittings = manifest.fittings.renewed()?;
+    let fittings = manifest.fittings.renewed(&wanted.new_top)?;
+    make_nvram(&ground, &manifest, &wanted.new_top).await?;
     let record = VmRecord { definition: ground.definition.clone(), chain, fittings };
     let Some(memory) = &manifest.memory else {
         let (Network::Free(forwards) | Network::Taken(forwards)) = network;
@@ -205,6 +207,16 @@ async fn make_layer(ground: &Ground, manifest: &Manifest, new_top: &LayerId) -> 
         Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
     })
     .await
+}
+
+/// What the machine remembers beside its disk, in a directory of its own.
+async fn make_nvram(ground: &Ground, manifest: &Manifest, new_top: &LayerId) -> Result<(), Problem> {
+    if manifest.fittings.nvram.is_none() {
+        return Ok(());
+    }
+    let (manifest, new_top) = (manifest.clone(), new_top.clone());
+    let place = Place { dirs: ground.dirs.clone(), owner: ground.user_id() };
+    blocking(move || Ok(place.make(&new_top, &archive::remembered(&place.dirs, &manifest)?)?)).await
 }
 
 /// The device state, found unharmed.
@@ -377,13 +389,17 @@ pub async fn drop_ready(vm: &mut VmRuntime) {
     }
 }
 
-/// Removes the file of a layer that was made and not used.
+/// Removes the files of a layer that was made and not used, and what was made with it.
 pub(super) async fn forget_layer(dirs: &VmDirs, chain: &[LayerId], layer: &LayerId) {
     if chain.contains(layer) {
         return;
     }
-    let path = dirs.layer(layer);
-    if let Err(error) = blocking(move || Ok(durable::remove_file(&path)?)).await {
+    let (path, nvram) = (dirs.layer(layer), dirs.nvram(layer));
+    let removed = blocking(move || {
+        durable::remove_file(&path)?;
+        Ok(durable::remove_tree(&nvram)?)
+    });
+    if let Err(error) = removed.await {
         tracing::warn!(%layer, %error, "a layer that nothing needs stays behind");
     }
 }

@@ -34,10 +34,11 @@ use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
 use super::ready::{self, Machine, Network, NotReady, Ready, Wanted};
 use super::{afterwards, archive, identity, layers, working_set};
-use crate::durable::{blocking, with_causes};
+use crate::durable::{self, blocking, with_causes};
 use crate::launcher::Process;
 use crate::layout::VmRecord;
 use crate::migration::incoming::{Incoming, IncomingError};
+use crate::nvram;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
@@ -105,6 +106,8 @@ pub async fn restore(
     let clock = if runs { Some(afterwards::begin(vm, &snapshot)?) } else { None };
     // The guest runs: now there is time for the disk.
     layers::sync(&vm.dirs()?.layer(target.new_top)).await?;
+    let (dirs, nvram) = (vm.dirs()?.clone(), vm.vm_record()?.fittings.nvram.clone());
+    blocking(move || Ok(nvram.map_or(Ok(()), |id| nvram::sync(&dirs, &id))?)).await?;
     vm.sync_records().await?;
     if let Some(process) = old_process {
         process.exited().await;
@@ -252,7 +255,9 @@ async fn go_back(
         if was_new {
             return Ok(());
         }
-        layers::close(vm, new_top).await
+        layers::close(vm, new_top).await?;
+        let nvram = vm.dirs()?.nvram(new_top);
+        blocking(move || Ok(durable::remove_tree(&nvram)?)).await
     };
     if let Err(error) = undone.await {
         tracing::warn!(vm = %vm.id(), %error, "a failed restore leaves something behind");
@@ -275,14 +280,18 @@ async fn unplug(vm: &VmRuntime) {
     let _ = tokio::time::timeout(UNPLUG_TIMEOUT, unplugged).await;
 }
 
-/// Removes the layer that the VM wrote to before. The restore has succeeded: that this fails is only worth a warning.
+/// Removes the layer that the VM wrote to before, and what its machine remembered beside it. The restore has succeeded: that this fails is only worth a warning.
 async fn remove_abandoned(vm: &VmRuntime, old_chain: &[LayerId]) {
-    let (Ok(dirs), Ok(chain)) = (vm.dirs(), vm.chain()) else { return };
-    let (dirs, chain) = (dirs.clone(), chain.to_vec());
-    if old_chain == chain {
+    let (Ok(dirs), Ok(record)) = (vm.dirs(), vm.vm_record()) else { return };
+    let (dirs, record) = (dirs.clone(), record.clone());
+    if old_chain == record.chain {
         return;
     }
-    let removed = blocking(move || super::remove_unneeded_layers(&dirs, &chain)).await;
+    let removed = blocking(move || {
+        nvram::remove_others(&dirs, record.fittings.nvram.as_ref())?;
+        super::remove_unneeded_layers(&dirs, &record.chain)
+    })
+    .await;
     if let Err(error) = removed {
         tracing::warn!(vm = %vm.id(), %error, "a layer that nothing needs stays behind");
     }

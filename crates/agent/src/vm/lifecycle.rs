@@ -16,6 +16,7 @@ use crate::durable::{blocking, remove_tree};
 use crate::fittings::Fittings;
 use crate::launcher::{Process, Socket};
 use crate::layout::VmRecord;
+use crate::nvram::{self, Place};
 use crate::services::Services;
 use crate::task::TaskContext;
 
@@ -76,7 +77,17 @@ pub(super) async fn prepare(
 /// Writes down what the VM is: its first layer, and what its machine is fitted with.
 async fn fit_out(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
     let hypervisor = vm.services().hypervisor().await.ok_or_else(process::stopping)?;
-    let fittings = Fittings::new(&hypervisor)?;
+    let mut fittings = Fittings::new(&hypervisor)?;
+    if let Some(contents) = nvram::of_new(&vm.services().config.machine, definition)? {
+        let owner = vm.services().user_id(definition.number);
+        let (dirs, id) = (vm.dirs()?.clone(), definition.first_layer.clone());
+        fittings.nvram = Some(id.clone());
+        blocking(move || {
+            Place { dirs: dirs.clone(), owner }.make(&id, &contents)?;
+            Ok(nvram::sync(&dirs, &id)?)
+        })
+        .await?;
+    }
     let (definition, chain) = (definition.clone(), vec![definition.first_layer.clone()]);
     vm.set_vm_record(VmRecord { definition, chain, fittings }).await
 }

@@ -120,6 +120,7 @@ impl Ground {
             plan,
             accelerator: hypervisor.accelerator,
             nics: &nics,
+            firmware_code: &self.services.config.machine.firmware_code,
             direct_io: self.services.pool_facts(&self.dirs.pool.name).is_some_and(|pool| pool.direct_io),
         };
         let spec = LaunchSpec {

@@ -105,6 +105,7 @@ pub fn config(root: &Path) -> AgentConfig {
             .map(|words| words.split_whitespace().map(str::to_owned).collect())
             .unwrap_or_default(),
         qemu_img_binary: "/usr/bin/qemu-img".into(),
+        machine: berth_agent::config::MachineConfig::default(),
         network: NetworkConfig::default(),
         user_id_base: 2_000_000,
         layers_max: berth_agent::config::LAYERS_MAX,
@@ -352,6 +353,7 @@ pub fn definition(number: u8, parts: &[(PartRole, PartFormat, Vec<u8>)]) -> VmDe
             image: image.clone(),
             pool: "local".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),
+            firmware: berth_model::vm::Firmware::default(),
             cpu_model: "qemu64".into(),
             nics: Vec::new(),
             user_data: None,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_agent::clock::SystemClock;
-use berth_agent::config::{AgentConfig, LAYERS_MAX, NetworkConfig, PoolConfig};
+use berth_agent::config::{AgentConfig, LAYERS_MAX, MachineConfig, NetworkConfig, PoolConfig};
 use berth_agent::disk::tool::QemuImg;
 use berth_agent::image::{Expected, chunks};
 use berth_agent::launcher::process::ProcessLauncher;
@@ -97,6 +97,7 @@ impl TestHost {
                 .map(|words| words.split_whitespace().map(str::to_owned).collect())
                 .unwrap_or_default(),
             qemu_img_binary: "/usr/bin/qemu-img".into(),
+            machine: MachineConfig::default(),
             network: NetworkConfig::default(),
             user_id_base: 2_000_000,
             layers_max: LAYERS_MAX,
@@ -212,13 +213,17 @@ impl TestHost {
 
     /// A VM that runs and whose guest answers.
     pub async fn running_vm(&self, memory_mib: u64) -> TestVm {
-        let definition = definition(memory_mib);
+        self.vm_of(definition(memory_mib)).await
+    }
+
+    /// A VM of this definition that runs and whose guest answers.
+    pub async fn vm_of(&self, definition: VmDefinition) -> TestVm {
         self.take_image(&definition.image).await;
         let vm = definition.id.clone();
         let boxed = || Box::new(definition.clone());
         self.task(&vm, TaskSpec::PrepareVm { definition: boxed() }).await.expect("prepared");
         self.task(&vm, TaskSpec::StartVm { definition: boxed() }).await.expect("started");
-        let ready = self.task(&vm, TaskSpec::WaitReady { timeout_ms: 120_000 }).await;
+        let ready = self.task(&vm, TaskSpec::WaitReady { timeout_ms: 300_000 }).await;
         ready.expect("ready");
         TestVm { id: vm, definition }
     }
@@ -318,6 +323,7 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
             image: image.clone(),
             pool: "local".parse().expect("name"),
             machine_type: std::env::var("BERTH_MACHINE_TYPE").unwrap_or("pc-q35-7.2".into()),
+            firmware: berth_model::vm::Firmware::default(),
             cpu_model: "max".into(),
             nics: vec![Nic {
                 mac: format!("52:54:00:{:02x}:{:02x}:{:02x}", entropy[0], entropy[1], entropy[2]),

@@ -144,6 +144,7 @@ fn agent_config(directory: &Directory, record: &Record, host: &HostEntry) -> Res
         qemu_binary: program("BERTH_QEMU", "/usr/bin/qemu-system-x86_64"),
         qemu_arguments: qemu_arguments(),
         qemu_img_binary: program("BERTH_QEMU_IMG", "/usr/bin/qemu-img"),
+        machine: berth_agent::config::MachineConfig::default(),
         network,
         user_id_base: USER_ID_BASE,
         layers_max: LAYERS_MAX,

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{ChangeQuery, CreateVm, NewNic, OperationRef, VmCreate};
 use berth_model::name::Name;
-use berth_model::vm::{USER_DATA_BYTES_MAX, Vm};
+use berth_model::vm::{Firmware, USER_DATA_BYTES_MAX, Vm};
 use clap::Args;
 use serde::Serialize;
 
@@ -56,6 +56,9 @@ pub struct Arguments {
     /// The versioned machine type [default: the newest that every host offers]
     #[arg(long, value_name = "TYPE")]
     machine_type: Option<String>,
+    /// What starts it [default: bios]
+    #[arg(long, value_enum)]
+    firmware: Option<FirmwareWord>,
     /// The host to start on [default: Berth chooses]
     #[arg(long)]
     host: Option<String>,
@@ -76,6 +79,24 @@ pub struct Arguments {
     wait_for: ready::Goal,
     #[command(flatten)]
     change: ChangeArguments,
+}
+
+/// What starts a machine.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum FirmwareWord {
+    /// A BIOS
+    Bios,
+    /// UEFI; its variables are part of the VM and of its snapshots
+    Uefi,
+}
+
+impl From<FirmwareWord> for Firmware {
+    fn from(word: FirmwareWord) -> Self {
+        match word {
+            FirmwareWord::Bios => Self::Bios,
+            FirmwareWord::Uefi => Self::Uefi,
+        }
+    }
 }
 
 /// What programs are told at the end.
@@ -142,6 +163,7 @@ fn wish(arguments: Arguments) -> Result<CreateVm, Failure> {
         user_data: user_data.map(read_user_data).transpose()?,
         cpu_model: arguments.cpu_model,
         machine_type: arguments.machine_type,
+        firmware: arguments.firmware.map(Firmware::from),
         host: arguments.host,
         protected: arguments.protected,
         ready_timeout_s: arguments.ready_timeout,

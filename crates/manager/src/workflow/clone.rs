@@ -135,6 +135,7 @@ fn as_wish(cluster: &Cluster, origin: &Vm, wish: &Wish, host: &HostId) -> Result
         user_data: spec.user_data.clone(),
         cpu_model: Some(spec.cpu_model.clone()),
         machine_type: Some(spec.machine_type.clone()),
+        firmware: Some(spec.firmware),
         host: Some(host.to_string()),
         protected: false,
         class: Some(spec.class.clone()),

@@ -669,6 +669,7 @@ impl FakeAgent {
                 free_bytes: 90 << 30,
             }],
             network: NetworkMode::User,
+            uefi: true,
             isolated_users: false,
             agent_version: self.lock().incarnation.to_string(),
         }

@@ -225,6 +225,7 @@ async fn create_vm(client: &Client, wish: &VmWish) -> Result<VmId, RequestError>
         user_data: None,
         cpu_model: Some(CPU_MODEL.to_owned()),
         machine_type: Some(MACHINE_TYPE.to_owned()),
+        firmware: None,
         host: wish.host.clone(),
         protected: false,
         class: None,

@@ -85,6 +85,7 @@ fn take_bounded(
         definition: definition(1),
         layers: layers.to_vec(),
         fittings: Fittings::default(),
+        nvram: BTreeMap::new(),
         memory: Some(memory),
         facts: SnapshotFacts::default(),
         borrowed_nics: None,
