@@ -24,6 +24,7 @@ has_library() { test -n "$(find /usr/lib /usr/lib64 -maxdepth 2 -name "$1" 2> /d
 
 need qemu-system-x86 "runs virtual machines" has qemu-system-x86_64
 need ovmf "starts virtual machines with UEFI" test -e /usr/share/OVMF/OVMF_CODE_4M.fd
+need swtpm "is the TPM of virtual machines that have one" has swtpm
 need qemu-utils "makes and checks disk images" has qemu-img
 need e2fsprogs "makes file systems for the tests" has mke2fs
 need iproute2 "connects virtual machines to bridges" has ip

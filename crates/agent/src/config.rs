@@ -54,6 +54,8 @@ pub struct MachineConfig {
     pub firmware_code: PathBuf,
     /// Variables as a new machine has them, for a second chip.
     pub firmware_variables: PathBuf,
+    /// The software TPM, a swtpm.
+    pub tpm_binary: PathBuf,
 }
 
 impl Default for MachineConfig {
@@ -61,6 +63,7 @@ impl Default for MachineConfig {
         Self {
             firmware_code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
             firmware_variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
+            tpm_binary: "/usr/bin/swtpm".into(),
         }
     }
 }
@@ -69,6 +72,11 @@ impl MachineConfig {
     /// Whether this host has UEFI firmware.
     pub fn has_firmware(&self) -> bool {
         self.firmware_code.is_file() && self.firmware_variables.is_file()
+    }
+
+    /// Whether this host has a software TPM.
+    pub fn has_tpm(&self) -> bool {
+        self.tpm_binary.is_file()
     }
 }
 
@@ -195,6 +203,7 @@ impl AgentConfig {
             ("qemu_img_binary", &self.qemu_img_binary),
             ("machine.firmware_code", &self.machine.firmware_code),
             ("machine.firmware_variables", &self.machine.firmware_variables),
+            ("machine.tpm_binary", &self.machine.tpm_binary),
         ];
         for (key, path) in directories.into_iter().chain(pools).chain(programs) {
             if !path.is_absolute() {

@@ -17,6 +17,9 @@ use crate::launcher::Hypervisor;
 /// The device with the generation id, by QEMU's name.
 pub const GENERATION_DEVICE: &str = "vmgenid";
 
+/// The TPM's device, by QEMU's name.
+pub const TPM_DEVICE: &str = "tpm-crb";
+
 /// What a machine is fitted with.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fittings {

@@ -6,6 +6,7 @@ use berth_model::host::Inventory;
 use berth_model::{Problem, ProblemCode};
 
 use crate::durable::{FileError, blocking};
+use crate::fittings::TPM_DEVICE;
 use crate::pool;
 use crate::services::Services;
 
@@ -27,6 +28,8 @@ pub async fn take(services: &Services) -> Result<Inventory, Problem> {
         Ok((pools?, Memory::read()))
     })
     .await?;
+    let devices = &hypervisor.abilities.devices;
+    let tpm = services.config.machine.has_tpm() && devices.iter().any(|device| device == TPM_DEVICE);
     Ok(Inventory {
         hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         cpus: std::thread::available_parallelism()
@@ -39,6 +42,7 @@ pub async fn take(services: &Services) -> Result<Inventory, Problem> {
         pools,
         network: services.config.network.mode,
         uefi: services.config.machine.has_firmware(),
+        tpm,
         isolated_users: services.isolated_users,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
     })

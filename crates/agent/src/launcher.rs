@@ -68,6 +68,8 @@ pub enum Descriptor {
     Socket(Socket),
     /// The tap of an interface, by its number.
     Tap(usize),
+    /// The way to the TPM, which the launcher makes.
+    Tpm,
     /// Anything else that a caller brings, by a number of its own.
     Extra(usize),
 }
@@ -113,8 +115,19 @@ pub struct LaunchSpec {
     pub run_dir: PathBuf,
     /// The user and group that it runs as; none: the agent's own.
     pub user_id: Option<u32>,
+    /// The TPM that it is to have.
+    pub tpm: Option<TpmSpec>,
     /// What a QEMU that is not real must know of the guest.
     pub machine: MachineSummary,
+}
+
+/// A software TPM that is to be started beside a QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TpmSpec {
+    /// The program, a swtpm.
+    pub binary: PathBuf,
+    /// The directory with its state, which is its user's own.
+    pub state: PathBuf,
 }
 
 /// What a process is started for, in a form that needs no reading of command lines.
@@ -139,6 +152,9 @@ pub struct ProcessRecord {
     pub start_time_ticks: u64,
     /// Which boot of the machine.
     pub boot_id: String,
+    /// Its TPM's process, which ends when it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<Box<ProcessRecord>>,
 }
 
 /// How a process ended.
@@ -173,6 +189,7 @@ pub struct Process {
     record: ProcessRecord,
     exited: watch::Receiver<Option<Exit>>,
     kill: Arc<dyn Fn() + Send + Sync>,
+    tpm: Option<Arc<Process>>,
 }
 
 impl std::fmt::Debug for Process {
@@ -188,7 +205,18 @@ impl Process {
         exited: watch::Receiver<Option<Exit>>,
         kill: Arc<dyn Fn() + Send + Sync>,
     ) -> Self {
-        Self { record, exited, kill }
+        Self { record, exited, kill, tpm: None }
+    }
+
+    /// The same with its TPM's process.
+    pub fn with_tpm(mut self, tpm: Option<Self>) -> Self {
+        self.tpm = tpm.map(Arc::new);
+        self
+    }
+
+    /// Its TPM's process; none: it has no TPM.
+    pub fn tpm(&self) -> Option<&Self> {
+        self.tpm.as_deref()
     }
 
     /// By what it is known again.

@@ -13,7 +13,7 @@ use berth_model::host::Accelerator;
 use berth_model::image::PartRole;
 use berth_model::vm::{Firmware, PortForward};
 
-use crate::fittings::{GENERATION_DEVICE, uuid_text};
+use crate::fittings::{GENERATION_DEVICE, TPM_DEVICE, uuid_text};
 use crate::launcher::{Argument, Descriptor, MachineSummary, Socket};
 use crate::layout::VmDirs;
 use crate::nvram;
@@ -230,6 +230,11 @@ impl Machine<'_> {
                 format!("{GENERATION_DEVICE},id=generation0,guid={}", escaped(generation_id)),
             );
         }
+        if self.tpm_state().is_some() {
+            words.descriptor("-chardev", "socket,id=tpm,fd=".to_owned(), Descriptor::Tpm, "");
+            words.pair("-tpmdev", "emulator,id=tpm0,chardev=tpm");
+            words.pair("-device", format!("{TPM_DEVICE},id=tpmchip0,tpmdev=tpm0"));
+        }
     }
 
     fn network(&self, words: &mut Words) {
@@ -282,9 +287,16 @@ impl Machine<'_> {
         }
     }
 
+    /// The directory with the state of the TPM of a machine that has one.
+    pub fn tpm_state(&self) -> Option<PathBuf> {
+        let nvram = self.plan.fittings.nvram.as_ref().filter(|_| self.definition.spec.tpm);
+        nvram.map(|id| self.dirs.nvram(id))
+    }
+
     /// The file with the variables of a machine with UEFI firmware.
     fn variables(&self) -> Option<PathBuf> {
-        let nvram = self.plan.fittings.nvram.as_ref().filter(|_| self.definition.spec.firmware == Firmware::Uefi);
+        let nvram =
+            self.plan.fittings.nvram.as_ref().filter(|_| self.definition.spec.firmware == Firmware::Uefi);
         nvram.map(|id| self.dirs.nvram(id).join(nvram::VARIABLES))
     }
 

@@ -33,6 +33,7 @@ pub(crate) fn definition(number: u8) -> VmDefinition {
             pool: "local".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),
             firmware: berth_model::vm::Firmware::default(),
+            tpm: false,
             cpu_model: "qemu64".into(),
             nics: Vec::new(),
             user_data: None,

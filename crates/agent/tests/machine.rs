@@ -3,25 +3,19 @@
 #[path = "snapshot/host.rs"]
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod host;
+#[path = "snapshot/remembering.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod remembering;
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use berth_api::agent::TaskSpec;
 use berth_model::vm::{Firmware, Nic};
 use berth_model::{SnapshotId, VmId};
-use berth_qmp::guest_agent::GuestAgent;
 use berth_qmp::{ConnectOptions, Qmp};
 use host::{LONG, TestHost, TestVm, definition, layer, snapshot};
+use remembering::{Tpm, has_variable, host_record, in_guest, run_dir, write_variable};
 use serde_json::{Value, json};
-
-/// The run directory of a VM's present process.
-fn run_dir(host: &TestHost, vm: &VmId) -> PathBuf {
-    let path = host.root().join("state/vms").join(vm.as_str()).join("host.json");
-    let record: Value = serde_json::from_slice(&std::fs::read(path).expect("record")).expect("JSON");
-    let run_dir = host.root().join("run").join(vm.as_str());
-    record["sockets"].as_str().map_or(run_dir.clone(), |name| run_dir.join(name))
-}
 
 /// The generation id that a VM's present process says; none: it has no such device.
 async fn generation(host: &TestHost, vm: &VmId) -> Option<String> {
@@ -29,19 +23,6 @@ async fn generation(host: &TestHost, vm: &VmId) -> Option<String> {
     let (qmp, _events) = Qmp::over_unix(stream, ConnectOptions::default()).await.expect("a monitor");
     let answer = qmp.call_untyped("query-vm-generation-id", json!({})).await.ok()?;
     Some(answer["guid"].as_str().expect("a GUID").to_owned())
-}
-
-/// What a command in the guest ends with.
-async fn in_guest(host: &TestHost, vm: &VmId, command: &str) -> i64 {
-    let run = async {
-        loop {
-            let agent = GuestAgent::connect(run_dir(host, vm).join("guest-agent.sock")).await.expect("open");
-            if agent.ping(Duration::from_secs(2)).await.is_ok() {
-                return agent.run("/bin/sh", &["-c", command], LONG).await.expect("it runs commands");
-            }
-        }
-    };
-    tokio::time::timeout(LONG, run).await.expect("the guest agent answers").expect("the command ends")
 }
 
 /// How often the guest was told that it has another life than before: by the event that the device is given in ACPI's
@@ -67,6 +48,7 @@ async fn clone(host: &TestHost, origin: &TestVm, from: &SnapshotId) -> TestVm {
     let other = definition(origin.definition.spec.memory_mib);
     let mut made = TestVm { id: other.id.clone(), definition: other };
     made.definition.spec.firmware = origin.definition.spec.firmware;
+    made.definition.spec.tpm = origin.definition.spec.tpm;
     made.definition.image = origin.definition.image.clone();
     made.definition.spec.image = origin.definition.spec.image.clone();
     made.definition.spec.nics = vec![Nic { forwards: Vec::new(), ..made.definition.spec.nics[0].clone() }];
@@ -93,26 +75,6 @@ async fn uefi_vm(host: &TestHost) -> TestVm {
     let mut definition = definition(256);
     definition.spec.firmware = Firmware::Uefi;
     host.vm_of(definition).await
-}
-
-/// Has the guest write a variable of its firmware, or look whether it is as it was written.
-fn variable(word: &str, value: &str) -> String {
-    // One of the few vendors whose variables Linux lets be written anew.
-    let path = "/run/efi/Berth-cfc8fc79-be2e-4ddc-97f0-9f98bfe298a0";
-    let mounted = "mkdir -p /run/efi; mount -t efivarfs none /run/efi 2> /dev/null;";
-    let content = format!(r"printf '\007\000\000\000{value}'");
-    match word {
-        "write" => format!("{mounted} {content} > {path}"),
-        _ => format!("{mounted} {content} | cmp -s - {path}"),
-    }
-}
-
-async fn write_variable(host: &TestHost, vm: &VmId, value: &str) {
-    assert_eq!(in_guest(host, vm, &variable("write", value)).await, 0, "{value} can't be written");
-}
-
-async fn has_variable(host: &TestHost, vm: &VmId, value: &str) -> bool {
-    in_guest(host, vm, &variable("look", value)).await == 0
 }
 
 fn nvrams(host: &TestHost, vm: &VmId) -> usize {
@@ -251,4 +213,80 @@ async fn a_machine_that_was_made_without_a_generation_stays_so_in_every_snapshot
     restore(&host, &vm, &without).await;
     assert_eq!(generation(&host, &vm.id).await, None);
     host.probe(&vm.id).tick().expect("it runs");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_tpm_holds_is_that_of_each_snapshot_and_of_no_other() {
+    let mut host = TestHost::start().await;
+    let mut definition = definition(128);
+    definition.spec.tpm = true;
+    let vm = host.vm_of(definition).await;
+    let tpm = Tpm { host: &host, vm: &vm.id };
+    tpm.define().await;
+    tpm.write("first---").await;
+    assert!(!tpm.is_extended().await);
+    tpm.extend().await;
+    let first = take(&host, &vm).await;
+    tpm.write("later---").await;
+    let disk = snapshot();
+    let spec = TaskSpec::TakeDiskSnapshot { snapshot: disk.clone(), new_top: layer(), quiesce: false };
+    host.task(&vm.id, spec).await.expect("taken");
+    tpm.write("last----").await;
+    restart_cold(&host, &vm).await;
+    assert!(tpm.holds("last----").await && !tpm.is_extended().await, "only what is permanent stays");
+
+    restore(&host, &vm, &first).await;
+    assert!(tpm.holds("first---").await && tpm.is_extended().await, "and what is not, with the memory");
+    tpm.write("own-----").await;
+    restart_cold(&host, &vm).await;
+    assert!(tpm.holds("own-----").await);
+    let other = clone(&host, &vm, &first).await;
+    let others = Tpm { host: &host, vm: &other.id };
+    assert!(others.holds("first---").await && others.is_extended().await);
+    others.write("other---").await;
+    assert!(tpm.holds("own-----").await);
+    restore(&host, &vm, &disk).await;
+    host.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+    host.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 300_000 }).await.expect("ready");
+    assert!(tpm.holds("later---").await);
+    assert_eq!(nvrams(&host, &vm.id), 1);
+
+    host.replace_agent().await;
+    let tpm = Tpm { host: &host, vm: &vm.id };
+    restore(&host, &vm, &first).await;
+    assert!(tpm.holds("first---").await && tpm.is_extended().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tpm_ends_with_its_machine_and_its_death_is_reported() {
+    let mut host = TestHost::start().await;
+    let mut definition = definition(128);
+    definition.spec.tpm = true;
+    let vm = host.vm_of(definition).await;
+    Tpm { host: &host, vm: &vm.id }.define().await;
+    Tpm { host: &host, vm: &vm.id }.write("kept----").await;
+    let pid = || host_record(&host, &vm.id)["process"]["tpm"]["pid"].as_i64().expect("a TPM");
+    let lives = |pid: i64| std::path::Path::new(&format!("/proc/{pid}")).exists();
+    let first = pid();
+    assert!(lives(first));
+    restart_cold(&host, &vm).await;
+    assert!(!lives(first) && lives(pid()), "the old one went with its QEMU");
+
+    let second = pid();
+    host.replace_agent().await;
+    host::kill(i32::try_from(second).expect("a number"));
+    let reported = async {
+        while !host.trouble(&vm.id).is_some_and(|trouble| trouble.contains("its TPM")) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(LONG, reported).await.expect("its death is reported");
+    host.probe(&vm.id).tick().expect("the guest runs on");
+    let spec = TaskSpec::TakeSnapshot { snapshot: snapshot(), new_top: layer(), next: None };
+    let problem = host.task(&vm.id, spec).await.expect_err("its state can't be had");
+    println!("without its TPM: {problem:?}");
+    host.probe(&vm.id).tick().expect("the guest runs on");
+    restart_cold(&host, &vm).await;
+    assert_eq!(host.trouble(&vm.id), None);
+    assert!(Tpm { host: &host, vm: &vm.id }.holds("kept----").await);
 }

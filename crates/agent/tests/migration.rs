@@ -6,18 +6,22 @@
 mod host;
 #[path = "migration/pair.rs"]
 mod pair;
+#[path = "snapshot/remembering.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod remembering;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use berth_api::agent::{TaskOutput, TaskSpec, TaskState};
 use berth_model::migration::MigrationReport;
-use berth_model::vm::VmState;
+use berth_model::vm::{Firmware, VmState};
 use berth_model::{OperationId, Problem, ProblemCode};
 use berth_qmp::{EventKind, Qmp};
 use guest_probe::memory::{Rewrite, Settings};
-use host::{LONG, TestVm, entropy, layer, snapshot};
+use host::{LONG, TestVm, definition, entropy, layer, snapshot};
 use pair::{Link, Pair};
+use remembering::{Tpm, has_variable, write_variable};
 
 const BUSY: Settings = Settings { memory_mib: 64, rate_mib_s: 20, hot_mib: 32, rewrite: Rewrite::Whole };
 
@@ -86,6 +90,49 @@ async fn a_guest_moves_within_a_shared_pool_and_back() {
     let found = probe.verify(LONG).expect("verified");
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 10, 0));
     probe.write(5).expect("it can still write");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_machine_remembers_moves_with_it() {
+    for shared in [true, false] {
+        let pair = if shared { Pair::with_shared_pool().await } else { Pair::with_own_pools().await };
+        let mut definition = definition(256);
+        (definition.spec.firmware, definition.spec.tpm) = (Firmware::Uefi, true);
+        let vm = pair.source.vm_of(definition).await;
+        let id = pair.source.vm_directory(&vm.id).join("vm.json");
+        let generation = |path| {
+            let bytes = std::fs::read(path).expect("record");
+            let record: serde_json::Value = serde_json::from_slice(&bytes).expect("JSON");
+            record["fittings"]["generation_id"].as_str().expect("it has one").to_owned()
+        };
+        let before = generation(id);
+        let tpm = Tpm { host: &pair.source, vm: &vm.id };
+        tpm.define().await;
+        tpm.write("first---").await;
+        tpm.extend().await;
+        write_variable(&pair.source, &vm.id, "first").await;
+        let taken = snapshot();
+        let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer(), next: None };
+        pair.source.task(&vm.id, spec).await.expect("snapshot");
+        tpm.write("later---").await;
+        write_variable(&pair.source, &vm.id, "later").await;
+        println!("moved: {:?}", pair.move_vm(&vm, shared).await.expect("moved"));
+
+        let tpm = Tpm { host: &pair.target, vm: &vm.id };
+        assert!(tpm.holds("later---").await && tpm.is_extended().await, "shared: {shared}");
+        assert!(has_variable(&pair.target, &vm.id, "later").await, "shared: {shared}");
+        assert_eq!(generation(pair.target.vm_directory(&vm.id).join("vm.json")), before, "it lives on");
+        tpm.write("there---").await;
+        pair.target.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
+        pair.target.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+        let ready = pair.target.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 300_000 }).await;
+        ready.expect("ready");
+        assert!(tpm.holds("there---").await && has_variable(&pair.target, &vm.id, "later").await);
+        let (definition, new_top) = (vm.boxed(), layer());
+        let spec = TaskSpec::RestoreSnapshot { definition, snapshot: taken, new_top, paused: false };
+        pair.target.task(&vm.id, spec).await.expect("restored");
+        assert!(tpm.holds("first---").await && has_variable(&pair.target, &vm.id, "first").await);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -335,6 +335,9 @@ pub struct CreateVm {
     /// What starts it; none: a BIOS.
     #[serde(default)]
     pub firmware: Option<Firmware>,
+    /// It has a TPM.
+    #[serde(default)]
+    pub tpm: bool,
     /// The host to start on (id or name); none: Berth chooses.
     #[serde(default)]
     pub host: Option<String>,

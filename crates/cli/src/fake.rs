@@ -172,6 +172,7 @@ pub fn vm(name: &str) -> Vm {
             pool: "default".parse().expect("a name"),
             machine_type: "pc-q35-7.2".to_owned(),
             firmware: berth_model::vm::Firmware::default(),
+            tpm: false,
             cpu_model: "qemu64".to_owned(),
             nics: vec![Nic {
                 mac: "52:54:00:12:34:56".to_owned(),

@@ -147,6 +147,8 @@ fn inventory_facts(facts: Facts, inventory: &Inventory) -> Facts {
         .with("each vm own user", if inventory.isolated_users { "yes" } else { "no" })
         .with("qemu", &inventory.qemu.version)
         .with_some("newest machine type", inventory.qemu.machine_types.first())
+        .with("uefi", if inventory.uefi { "yes" } else { "no" })
+        .with("tpm", if inventory.tpm { "yes" } else { "no" })
         .with("agent", &inventory.agent_version);
     for pool in &inventory.pools {
         let (free, size) = (units::bytes(pool.free_bytes), units::bytes(pool.size_bytes));

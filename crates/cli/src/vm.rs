@@ -276,6 +276,8 @@ fn facts(vm: &Vm, hosts: &HostNames) -> Facts {
         .with("pool", &spec.pool)
         .with("machine type", &spec.machine_type)
         .with("cpu model", &spec.cpu_model)
+        .with("firmware", word(&spec.firmware))
+        .with("tpm", if spec.tpm { "yes" } else { "no" })
         .with("class", &spec.class)
         .with("protected", if spec.protected { "yes" } else { "no" })
         .with("made", instant(vm.created_at));

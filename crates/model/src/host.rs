@@ -80,6 +80,9 @@ pub struct Inventory {
     /// Whether it has UEFI firmware for VMs.
     #[serde(default)]
     pub uefi: bool,
+    /// Whether it has software TPMs for VMs.
+    #[serde(default)]
+    pub tpm: bool,
     /// Whether each QEMU runs as a user of its own (the agent is root).
     pub isolated_users: bool,
     /// The agent's version.

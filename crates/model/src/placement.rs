@@ -47,6 +47,9 @@ pub fn refusal(spec: &VmSpec, candidate: &Candidate<'_>) -> Option<String> {
     if spec.firmware == Firmware::Uefi && !inventory.uefi {
         return Some("it has no UEFI firmware (Debian's package ovmf)".to_owned());
     }
+    if spec.tpm && !inventory.tpm {
+        return Some("it has no software TPM (Debian's package swtpm)".to_owned());
+    }
     if spec.vcpus > inventory.cpus.saturating_mul(VCPUS_PER_CPU_MAX) {
         return Some(format!("{} vCPUs are too many for its {} CPUs", spec.vcpus, inventory.cpus));
     }
@@ -126,6 +129,7 @@ mod tests {
                 pools: vec![pool],
                 network: NetworkMode::User,
                 uefi: true,
+                tpm: true,
                 isolated_users: false,
                 agent_version: String::new(),
             }),
@@ -144,6 +148,7 @@ mod tests {
             pool: "default".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),
             firmware: crate::vm::Firmware::default(),
+            tpm: false,
             cpu_model: "max".into(),
             nics: vec![],
             user_data: None,

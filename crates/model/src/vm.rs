@@ -73,9 +73,7 @@ pub struct PortForward {
 }
 
 /// What starts a machine before the system on its disk does.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Firmware {
     /// A BIOS, which remembers nothing.
@@ -105,6 +103,9 @@ pub struct VmSpec {
     /// What starts it.
     #[serde(default)]
     pub firmware: Firmware,
+    /// It has a TPM, whose state is kept with its disk.
+    #[serde(default)]
+    pub tpm: bool,
     /// Its network interfaces.
     pub nics: Vec<Nic>,
     /// cloud-init user data, given through a NoCloud seed.

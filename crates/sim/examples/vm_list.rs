@@ -85,6 +85,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             pool: "default".parse().expect("a name"),
             machine_type: "pc-q35-7.2".to_owned(),
             firmware: berth_model::vm::Firmware::default(),
+            tpm: false,
             cpu_model: "qemu64".to_owned(),
             nics: vec![Nic {
                 mac: format!("52:54:00:00:{high:02x}:{low:02x}"),

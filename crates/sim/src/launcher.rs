@@ -188,7 +188,7 @@ fn word(argument: &Argument) -> String {
 }
 
 fn record(pid: i32) -> ProcessRecord {
-    ProcessRecord { pid, start_time_ticks: 1, boot_id: BOOT_ID.to_owned() }
+    ProcessRecord { pid, start_time_ticks: 1, boot_id: BOOT_ID.to_owned(), tpm: None }
 }
 
 fn process(qemu: &FakeQemu, record: ProcessRecord) -> Process {

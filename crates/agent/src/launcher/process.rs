@@ -31,6 +31,7 @@ pub mod abilities;
 pub mod log;
 pub mod proc;
 mod sockets;
+mod tpm;
 
 /// The name of the mark in the environment of our processes.
 const MARK: &str = "BERTH_RUN";
@@ -74,9 +75,11 @@ impl ProcessLauncher {
         };
         let run_dir = spec.run_dir.clone();
         let spawned = tokio::task::spawn_blocking(move || plan.spawn(spec)).await;
-        let (record, pidfd) =
+        let Spawned { record, pidfd, tpm } =
             spawned.map_err(|error| failed("making a process")(io::Error::other(error)))??;
-        let process = watched(record, pidfd, log::path(&run_dir), true)?;
+        let tpm =
+            tpm.map(|(record, pidfd)| watched(record, pidfd, tpm::log_path(&run_dir), true)).transpose()?;
+        let process = watched(record, pidfd, log::path(&run_dir), true)?.with_tpm(tpm);
         // Whoever stops waiting for the greeting must not leave a process behind.
         let mut guard = Guard(Some(process.clone()));
         let launched = tokio::select! {
@@ -91,6 +94,10 @@ impl ProcessLauncher {
         } else {
             process.kill();
             process.exited().await;
+            if let Some(tpm) = process.tpm() {
+                tpm.kill();
+                tpm.exited().await;
+            }
         }
         launched
     }
@@ -108,6 +115,7 @@ impl ProcessLauncher {
             _ => return Ok(None),
         }
         let process = watched(record.clone(), pidfd, log::path(run_dir), false)?;
+        let process = process.with_tpm(find_tpm(record, run_dir)?);
         match greet(run_dir, ADOPTION_TIMEOUT).await {
             Ok((qmp, events)) => Ok(Some(Launched { qmp, events, process })),
             Err(_) if process.has_exited() => Ok(None),
@@ -137,6 +145,7 @@ impl Launcher for ProcessLauncher {
                     end_stray(pid, &mark).await;
                 }
             }
+            tpm::end_left_over(&self.run_dir, &mark);
         })
     }
 
@@ -162,6 +171,10 @@ impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(process) = &self.0 {
             process.kill();
+            // Its QEMU may not have spoken to it yet, and then it does not notice.
+            if let Some(tpm) = process.tpm() {
+                tpm.kill();
+            }
         }
     }
 }
@@ -174,19 +187,51 @@ struct Plan {
     boot_id: String,
 }
 
+/// Processes that were made.
+struct Spawned {
+    record: ProcessRecord,
+    pidfd: OwnedFd,
+    tpm: Option<(ProcessRecord, OwnedFd)>,
+}
+
 impl Plan {
-    fn spawn(self, spec: LaunchSpec) -> Result<(ProcessRecord, OwnedFd), LaunchError> {
+    fn spawn(self, mut spec: LaunchSpec) -> Result<Spawned, LaunchError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&spec.run_dir)
             .map_err(failed("making the run directory"))?;
-        let mut files: BTreeMap<Descriptor, OwnedFd> = spec.descriptors.into_iter().collect();
+        let mut files: BTreeMap<Descriptor, OwnedFd> =
+            std::mem::take(&mut spec.descriptors).into_iter().collect();
         for socket in spec.arguments.iter().filter_map(wanted_socket) {
             let listener: UnixListener = sockets::listen(&spec.run_dir, socket.file_name())
                 .map_err(failed("making QEMU's sockets"))?;
             files.insert(Descriptor::Socket(socket), listener.into());
         }
+        let Some(tpm) = &spec.tpm else {
+            let (record, pidfd) = self.spawn_qemu(&spec, files)?;
+            return Ok(Spawned { record, pidfd, tpm: None });
+        };
+        let tpm = tpm::start(&self, &spec, tpm)?;
+        files.insert(Descriptor::Tpm, tpm.socket);
+        match self.spawn_qemu(&spec, files) {
+            Ok((record, pidfd)) => {
+                let record = ProcessRecord { tpm: Some(Box::new(tpm.record.clone())), ..record };
+                Ok(Spawned { record, pidfd, tpm: Some((tpm.record, tpm.pidfd)) })
+            }
+            Err(error) => {
+                // One that has ended already needs no killing.
+                let _ = rustix::process::pidfd_send_signal(&tpm.pidfd, Signal::KILL);
+                Err(error)
+            }
+        }
+    }
+
+    fn spawn_qemu(
+        &self,
+        spec: &LaunchSpec,
+        files: BTreeMap<Descriptor, OwnedFd>,
+    ) -> Result<(ProcessRecord, OwnedFd), LaunchError> {
         let words = words(&spec.arguments, &files).map_err(failed("writing the command line"))?;
         let log = log::begin(&log::path(&spec.run_dir)).map_err(failed("opening QEMU's log"))?;
         let errors = log.try_clone().map_err(failed("opening QEMU's log"))?;
@@ -194,7 +239,7 @@ impl Plan {
         command.args(&self.first_arguments).args(words).stdout(log).stderr(errors);
         let confinement = Confinement {
             user_id: spec.user_id,
-            groups: if spec.user_id.is_some() { self.groups } else { Vec::new() },
+            groups: if spec.user_id.is_some() { self.groups.clone() } else { Vec::new() },
             limits: Limits::default(),
         };
         sandbox::confine(&mut command, confinement, files.into_values().collect());
@@ -207,8 +252,20 @@ impl Plan {
         let pidfd = open_pidfd(pid).and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()));
         let pidfd = pidfd.map_err(failed("watching the process"))?;
         let start_time_ticks = proc::start_time_ticks(pid).map_err(failed("watching the process"))?;
-        Ok((ProcessRecord { pid, start_time_ticks, boot_id: self.boot_id }, pidfd))
+        Ok((ProcessRecord { pid, start_time_ticks, boot_id: self.boot_id.clone(), tpm: None }, pidfd))
     }
+}
+
+/// The TPM of a process that was found again. One that has ended meanwhile is one that has ended.
+fn find_tpm(record: &ProcessRecord, run_dir: &Path) -> Result<Option<Process>, LaunchError> {
+    let Some(record) = record.tpm.as_deref() else { return Ok(None) };
+    let path = tpm::log_path(run_dir);
+    if let Some(pidfd) = tpm::find(record)? {
+        return watched(record.clone(), pidfd, path, false).map(Some);
+    }
+    let (_, exited) =
+        watch::channel(Some(Exit { code: None, signal: None, last_words: log::last_words(&path) }));
+    Ok(Some(Process::new(record.clone(), exited, Arc::new(|| {}))))
 }
 
 fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> LaunchError {

@@ -40,6 +40,7 @@ impl FileName {
                     SnapshotPart::Device => files.device(),
                     SnapshotPart::Index => files.index(),
                     SnapshotPart::Variables => files.nvram(nvram::VARIABLES),
+                    SnapshotPart::Tpm => files.nvram(nvram::TPM_STATE),
                     SnapshotPart::Manifest => files.manifest(),
                 }
             }
@@ -69,9 +70,13 @@ pub fn unchanging(dirs: &VmDirs, writable_top: &LayerId) -> Result<Vec<FileOffer
                 .extend(memory.differences.iter().map(|number| SnapshotPart::Difference { number: *number }));
             parts.extend([SnapshotPart::Device, SnapshotPart::Index]);
         }
-        if manifest.nvram.contains_key(nvram::VARIABLES) {
-            parts.push(SnapshotPart::Variables);
-        }
+        let remembered = [(nvram::VARIABLES, SnapshotPart::Variables), (nvram::TPM_STATE, SnapshotPart::Tpm)];
+        parts.extend(
+            remembered
+                .into_iter()
+                .filter(|(name, _)| manifest.nvram.contains_key(*name))
+                .map(|(_, part)| part),
+        );
         parts.push(SnapshotPart::Manifest);
         names.extend(parts.into_iter().map(|part| FileName::Snapshot { snapshot: snapshot.clone(), part }));
     }

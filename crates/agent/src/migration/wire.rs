@@ -169,6 +169,8 @@ pub enum SnapshotPart {
     Index,
     /// The firmware's variables.
     Variables,
+    /// The TPM's state.
+    Tpm,
     /// The manifest.
     Manifest,
 }

@@ -132,10 +132,12 @@ pub fn seed_options(path: &Path) -> Value {
 pub fn flash_options(code: &Path, variables: &Path) -> [Value; 2] {
     // What QEMU writes to the chip's file waits in the host's cache for nothing: it is half a MiB, written seldom.
     let writable = Access::Writable { direct_io: false };
-    [(FIRMWARE_NODE, code, Access::Frozen), (VARIABLES_NODE, variables, writable)].map(|(node, path, access)| {
-        let file = file_options(path, &format!("f{node}"), access);
-        json!({"driver": "raw", "node-name": node, "read-only": access.is_frozen(), "file": file})
-    })
+    [(FIRMWARE_NODE, code, Access::Frozen), (VARIABLES_NODE, variables, writable)].map(
+        |(node, path, access)| {
+            let file = file_options(path, &format!("f{node}"), access);
+            json!({"driver": "raw", "node-name": node, "read-only": access.is_frozen(), "file": file})
+        },
+    )
 }
 
 /// The block node of a layer.

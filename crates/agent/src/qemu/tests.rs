@@ -2,7 +2,7 @@
 
 use super::*;
 use berth_model::image::{PartFormat, PartRole};
-use berth_model::vm::{Firmware, Nic as NicSpec};
+use berth_model::vm::Nic as NicSpec;
 
 use crate::fittings::Fittings;
 use crate::layout::{PoolDirs, VmDirs};
@@ -53,7 +53,10 @@ fn a_cold_start_on_a_raw_image_with_two_layers() {
     definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
     let plan = LaunchPlan::cold(
         vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])],
-        Fittings { generation_id: Some("11111111-2222-4333-8444-555555555555".into()), ..Fittings::default() },
+        Fittings {
+            generation_id: Some("11111111-2222-4333-8444-555555555555".into()),
+            ..Fittings::default()
+        },
     );
     let machine = Machine {
         definition: &definition,
@@ -76,6 +79,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
     definition.image.kernel_command_line = "console=ttyS0 quiet".into();
     definition.spec.machine_type = "pc-i440fx-10.0".into();
     definition.spec.firmware = Firmware::Uefi;
+    definition.spec.tpm = true;
     definition.spec.nics = vec![testing::nic(Some("198.18.5.20/24"), Some("198.18.5.1"))];
     let plan = LaunchPlan {
         chain: vec![LayerId::from_entropy([2; 10])],

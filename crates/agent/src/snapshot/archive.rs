@@ -5,7 +5,7 @@
 //! memory.1.raw … pages that differ from it, see [`super::image`] }
 //! device.bin     everything else that QEMU sent: loadable       }
 //! pages.idx      hash and place of each page of memory          }
-//! vars.fd        the firmware's variables, of a machine that has such, see [`crate::nvram`]
+//! vars.fd …      the firmware's variables and the TPM's state, of a machine that has such, see [`crate::nvram`]
 //! snapshot.json  the manifest: what the VM was, its layers, checksums, what it cost
 //! ```
 //!
@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::durable::{self, FileError};
 use crate::fittings::Fittings;
 use crate::layout::VmDirs;
-use crate::nvram::Contents;
+use crate::nvram::{self, Contents};
 
 /// The manifest's format; another one is refused.
 pub const FORMAT: u32 = 2;
@@ -219,6 +219,11 @@ pub fn remembered(dirs: &VmDirs, manifest: &Manifest) -> Result<Contents, Archiv
     let files = SnapshotFiles::of(dirs, &manifest.snapshot);
     let mut contents = Contents::new();
     for (name, expected) in &manifest.nvram {
+        if !nvram::FILES.contains(&name.as_str()) {
+            let (snapshot, path) = (manifest.snapshot.clone(), files.manifest());
+            let detail = format!("it names '{name}', which no machine remembers anything in");
+            return Err(ArchiveError::Damaged { snapshot, path, detail });
+        }
         let path = files.nvram(name);
         let bytes = fs::read(&path).map_err(FileError::io(&path, "read"))?;
         if blake3::hash(&bytes).to_hex().as_str() != expected {

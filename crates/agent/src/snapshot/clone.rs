@@ -191,7 +191,7 @@ fn machine(manifest: &Manifest, wanted: &VmDefinition) -> Result<VmDefinition, P
     (spec.vcpus, spec.memory_mib, spec.disk_mib) = (was.vcpus, was.memory_mib, was.disk_mib);
     spec.image.clone_from(&was.image);
     spec.machine_type.clone_from(&was.machine_type);
-    spec.firmware = was.firmware;
+    (spec.firmware, spec.tpm) = (was.firmware, was.tpm);
     spec.cpu_model.clone_from(&was.cpu_model);
     Ok(definition)
 }

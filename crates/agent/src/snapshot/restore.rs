@@ -280,7 +280,8 @@ async fn unplug(vm: &VmRuntime) {
     let _ = tokio::time::timeout(UNPLUG_TIMEOUT, unplugged).await;
 }
 
-/// Removes the layer that the VM wrote to before, and what its machine remembered beside it. The restore has succeeded: that this fails is only worth a warning.
+/// Removes the layer that the VM wrote to before, and what its machine remembered beside it. The restore has succeeded:
+/// that this fails is only worth a warning.
 async fn remove_abandoned(vm: &VmRuntime, old_chain: &[LayerId]) {
     let (Ok(dirs), Ok(record)) = (vm.dirs(), vm.vm_record()) else { return };
     let (dirs, record) = (dirs.clone(), record.clone());

@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 
 use super::status::Status;
 use super::{LaunchPlan, VmRuntime, sensor};
-use crate::launcher::{Exit, LaunchError, LaunchSpec, Launched, Process};
+use crate::launcher::{Exit, LaunchError, LaunchSpec, Launched, Process, TpmSpec};
 use crate::layout::VmDirs;
 use crate::network::{self, Lease};
 use crate::qemu::Machine;
@@ -57,6 +57,13 @@ pub enum Notice {
     Introduced {
         /// Which.
         serial: u64,
+    },
+    /// The process's TPM has ended, and the process lives on without it.
+    TpmEnded {
+        /// Which.
+        serial: u64,
+        /// How.
+        exit: Exit,
     },
     /// The guest is held because a request to its disk failed.
     DiskFailed {
@@ -129,6 +136,9 @@ impl Ground {
             descriptors: taps,
             run_dir: self.dirs.sockets(sockets),
             user_id: self.user_id(),
+            tpm: machine
+                .tpm_state()
+                .map(|state| TpmSpec { binary: self.services.config.machine.tpm_binary.clone(), state }),
             machine: machine.summary(),
         };
         Ok(self.services.launcher.launch(spec).await?)
@@ -224,6 +234,17 @@ fn attach(vm: &mut VmRuntime, launched: Launched) -> u64 {
     let mut listeners = vec![tokio::spawn(watcher.run(events)).abort_handle()];
     listeners.push(tokio::spawn(sensor.run()).abort_handle());
     listeners.push(tokio::spawn(console).abort_handle());
+    if let Some(tpm) = process.tpm().cloned() {
+        let notices = vm.notices.clone();
+        let task = tokio::spawn(async move {
+            let exit = tpm.exited().await;
+            // That it ends with its process is as it should be: then this is over.
+            tokio::time::sleep(END_AFTER_MONITOR).await;
+            // The owner may be gone: then the agent is ending.
+            let _ = notices.send(Notice::TpmEnded { serial, exit });
+        });
+        listeners.push(task.abort_handle());
+    }
     match Introduction::of(vm) {
         Ok(Some(introduction)) => {
             let notices = vm.notices.clone();
@@ -313,6 +334,13 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
                 tracing::error!(vm = %vm.id(), %problem, "a clone that has its own addresses stays off the network");
             }
         }
+        Notice::TpmEnded { serial, exit } if present == Some(serial) => {
+            let end = exit.summary();
+            let trouble = format!("its TPM {end}: the guest goes on without; stop and start the VM");
+            if let Err(problem) = vm.change_host_record(|record| record.trouble = Some(trouble)).await {
+                tracing::error!(vm = %vm.id(), %problem, "its trouble can't be written down");
+            }
+        }
         Notice::DiskFailed { serial, trouble } if present == Some(serial) => {
             if let Err(problem) = vm.change_host_record(|record| record.trouble = Some(trouble)).await {
                 tracing::error!(vm = %vm.id(), %problem, "its trouble can't be written down");
@@ -321,6 +349,7 @@ pub(super) async fn take_notice(vm: &mut VmRuntime, notice: Notice) {
         Notice::Ended { .. }
         | Notice::MonitorLost { .. }
         | Notice::Introduced { .. }
+        | Notice::TpmEnded { .. }
         | Notice::DiskFailed { .. } => {}
     }
 }

@@ -173,6 +173,11 @@ impl TestHost {
         self.agent.services().board.vm(vm).map(|report| report.state)
     }
 
+    /// What is wrong with a VM.
+    pub fn trouble(&self, vm: &VmId) -> Option<String> {
+        self.agent.services().board.vm(vm).and_then(|report| report.trouble)
+    }
+
     /// Waits until the agent has noticed that a VM has no process.
     pub async fn until_stopped(&self, vm: &VmId) {
         let services = self.agent.services();
@@ -324,6 +329,7 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
             pool: "local".parse().expect("name"),
             machine_type: std::env::var("BERTH_MACHINE_TYPE").unwrap_or("pc-q35-7.2".into()),
             firmware: berth_model::vm::Firmware::default(),
+            tpm: false,
             cpu_model: "max".into(),
             nics: vec![Nic {
                 mac: format!("52:54:00:{:02x}:{:02x}:{:02x}", entropy[0], entropy[1], entropy[2]),

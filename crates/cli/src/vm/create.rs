@@ -59,6 +59,9 @@ pub struct Arguments {
     /// What starts it [default: bios]
     #[arg(long, value_enum)]
     firmware: Option<FirmwareWord>,
+    /// With a TPM (2.0); what it holds is part of the VM and of its snapshots
+    #[arg(long)]
+    tpm: bool,
     /// The host to start on [default: Berth chooses]
     #[arg(long)]
     host: Option<String>,
@@ -164,6 +167,7 @@ fn wish(arguments: Arguments) -> Result<CreateVm, Failure> {
         cpu_model: arguments.cpu_model,
         machine_type: arguments.machine_type,
         firmware: arguments.firmware.map(Firmware::from),
+        tpm: arguments.tpm,
         host: arguments.host,
         protected: arguments.protected,
         ready_timeout_s: arguments.ready_timeout,

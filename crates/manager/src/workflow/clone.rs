@@ -136,6 +136,7 @@ fn as_wish(cluster: &Cluster, origin: &Vm, wish: &Wish, host: &HostId) -> Result
         cpu_model: Some(spec.cpu_model.clone()),
         machine_type: Some(spec.machine_type.clone()),
         firmware: Some(spec.firmware),
+        tpm: spec.tpm,
         host: Some(host.to_string()),
         protected: false,
         class: Some(spec.class.clone()),

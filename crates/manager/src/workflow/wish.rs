@@ -48,6 +48,7 @@ pub(super) fn spec(
         pool: wish.pool.clone().unwrap_or_else(default_pool),
         machine_type: machine_type(wish, &hosts)?,
         firmware: wish.firmware.unwrap_or_default(),
+        tpm: wish.tpm,
         cpu_model: cpu_model(wish, &hosts)?,
         nics: nics(cluster, wish, number)?,
         user_data: wish.user_data.clone(),

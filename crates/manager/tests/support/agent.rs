@@ -670,6 +670,7 @@ impl FakeAgent {
             }],
             network: NetworkMode::User,
             uefi: true,
+            tpm: true,
             isolated_users: false,
             agent_version: self.lock().incarnation.to_string(),
         }

@@ -226,6 +226,7 @@ async fn create_vm(client: &Client, wish: &VmWish) -> Result<VmId, RequestError>
         cpu_model: Some(CPU_MODEL.to_owned()),
         machine_type: Some(MACHINE_TYPE.to_owned()),
         firmware: None,
+        tpm: false,
         host: wish.host.clone(),
         protected: false,
         class: None,

@@ -10,14 +10,14 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{GREETING_TIMEOUT, ProcessLauncher, failed};
-use crate::fittings::GENERATION_DEVICE;
+use crate::fittings::{GENERATION_DEVICE, TPM_DEVICE};
 use crate::launcher::{Exit, Hypervisor, LaunchError};
 use crate::sandbox::{self, Confinement, Limits};
 
 pub mod kvm;
 
 /// The devices that a VM is given only where QEMU has them.
-const OPTIONAL_DEVICES: [&str; 1] = [GENERATION_DEVICE];
+const OPTIONAL_DEVICES: [&str; 2] = [GENERATION_DEVICE, TPM_DEVICE];
 
 #[derive(Deserialize)]
 struct CpuDefinition {
