@@ -52,10 +52,18 @@ impl Console {
     /// # Errors
     /// When the viewer has ended, or no answer comes in time.
     pub fn ask(&mut self, word: &str) -> Result<()> {
-        let (typed, wanted) = (format!("echo $((40 + 2))-{word}\n"), format!("42-{word}"));
+        self.type_until(&format!("echo $((40 + 2))-{word}"), &format!("42-{word}"))
+    }
+
+    /// Types a command until this is shown, which must not stand in the command itself.
+    ///
+    /// # Errors
+    /// When the viewer has ended, or it is not shown in time.
+    pub fn type_until(&mut self, command: &str, wanted: &str) -> Result<()> {
+        let typed = format!("{command}\n");
         let end = Instant::now() + ANSWER_LIMIT;
         let mut type_at = Instant::now();
-        while !self.seen().contains(&wanted) {
+        while !self.seen().contains(wanted) {
             if let Some(status) = self.viewer.try_wait()? {
                 bail!("the viewer of the console has ended ({status}) having shown {:?}", self.seen());
             }
