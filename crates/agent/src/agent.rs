@@ -97,6 +97,7 @@ impl Agent {
             isolated_users,
             hypervisor: watch::Sender::new(Some(hypervisor)).subscribe(),
             merges: Arc::default(),
+            reading: Arc::default(),
             stopping: CancellationToken::new(),
             config,
         });

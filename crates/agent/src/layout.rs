@@ -252,6 +252,16 @@ impl VmDirs {
         self.layers().join(format!("{layer}.qcow2{UNFINISHED_SUFFIX}"))
     }
 
+    /// Where the hashes of layers are.
+    pub fn hashes(&self) -> PathBuf {
+        self.disk.join("hashes")
+    }
+
+    /// The hashes of a layer.
+    pub fn layer_hashes(&self, layer: &LayerId) -> PathBuf {
+        self.hashes().join(format!("{layer}.b3"))
+    }
+
     /// The record of a merge of layers that is being carried out.
     pub fn merge_record(&self) -> PathBuf {
         self.disk.join("merge.json")

@@ -85,6 +85,9 @@ pub async fn lease_beside(
 ) -> Result<(Lease, Plug), Problem> {
     match services.config.network.mode {
         NetworkMode::Bridge => bridged_beside(services, definition).await,
+        NetworkMode::User if definition.spec.isolated => {
+            Ok((nowhere(&definition.spec.nics), Plug::default()))
+        }
         NetworkMode::User => user_beside(&definition.spec.nics, before),
     }
 }
@@ -100,6 +103,7 @@ pub async fn lease(
 ) -> Result<Lease, Problem> {
     match services.config.network.mode {
         NetworkMode::Bridge => bridged(services, definition).await,
+        NetworkMode::User if definition.spec.isolated => Ok(nowhere(&definition.spec.nics)),
         NetworkMode::User => user(&definition.spec.nics, before),
     }
 }
@@ -132,7 +136,7 @@ async fn bridged_beside(services: &Services, definition: &VmDefinition) -> Resul
 
 /// The taps that a VM is to have, one for each interface.
 fn requests(services: &Services, definition: &VmDefinition) -> impl Iterator<Item = tap::Request> {
-    let bridge = services.config.network.bridge.clone().unwrap_or_default();
+    let bridge = services.config.network.bridge.clone().filter(|_| !definition.spec.isolated);
     let (number, owner) = (definition.number, services.user_id(definition.number));
     (0..definition.spec.nics.len()).map(move |index| tap::Request {
         name: tap_name(number, index),
@@ -161,6 +165,11 @@ async fn open_tap(request: tap::Request) -> Result<OwnedFd, Problem> {
             }
         }
     }
+}
+
+/// Interfaces that lead nowhere.
+fn nowhere(nics: &[NicSpec]) -> Lease {
+    Lease { nics: nics.iter().map(|_| Nic::Nowhere).collect(), ..Lease::default() }
 }
 
 fn user(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<Lease, Problem> {

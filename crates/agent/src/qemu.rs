@@ -37,6 +37,8 @@ pub const PROBE_PORT: &str = "dev.berth.probe";
 pub enum Nic {
     /// Through a tap that QEMU is given open.
     Tap,
+    /// Not at all.
+    Nowhere,
     /// Through QEMU's own network.
     User {
         /// The network that it plays; none: its own choice, with DHCP.
@@ -247,6 +249,8 @@ impl Machine<'_> {
                     Descriptor::Tap(index),
                     ",vhost=off",
                 ),
+                // A hub with nothing else on it.
+                Nic::Nowhere => words.pair("-netdev", format!("hubport,id=net{index},hubid={index}")),
                 Nic::User { subnet, forwards } => {
                     let mut text = format!("user,id=net{index},ipv6=off");
                     let mut guest = String::new();

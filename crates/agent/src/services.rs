@@ -16,6 +16,7 @@ use crate::layout::Layout;
 use crate::pool::PoolFacts;
 use crate::report::ReportBoard;
 use crate::snapshot::merge::MergeStatistics;
+use crate::snapshot::verify::Reading;
 
 /// Reaches other hosts' agents.
 pub trait PeerConnector: Send + Sync {
@@ -61,6 +62,8 @@ pub struct Services {
     pub hypervisor: watch::Receiver<Option<Hypervisor>>,
     /// What merging layers has come to.
     pub merges: Arc<MergeStatistics>,
+    /// What reads snapshots in the background.
+    pub reading: Arc<Reading>,
     /// Set when the agent is to end; QEMUs stay.
     pub stopping: CancellationToken,
 }

@@ -36,6 +36,7 @@ pub mod clone;
 pub mod deletion;
 mod diff;
 mod disk;
+pub mod hashes;
 mod held;
 pub mod identity;
 pub mod image;
@@ -47,6 +48,7 @@ pub mod overlay;
 pub mod ready;
 mod restore;
 mod slowdown;
+pub mod verify;
 mod working_set;
 
 pub use diff::compare;
@@ -188,7 +190,7 @@ pub fn remove_unneeded_layers(dirs: &VmDirs, chain: &[LayerId]) -> Result<(), Pr
             durable::remove_file(&dirs.layer(&layer))?;
         }
     }
-    Ok(())
+    Ok(hashes::remove_strays(dirs)?)
 }
 
 /// The layers whose files are in a VM's directory.

@@ -40,6 +40,7 @@ pub(crate) fn definition(number: u8) -> VmDefinition {
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 60,
+            isolated: false,
         },
         image: Image {
             id: image,

@@ -15,6 +15,7 @@ use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
 use berth_model::operation::Progress;
 use berth_model::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
+use berth_model::verification::VerificationFacts;
 use berth_model::vm::{GuestState, PortForward, VmSpec, VmState};
 use berth_model::{HostId, ImageId, LayerId, OperationId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
@@ -157,6 +158,12 @@ pub enum TaskSpec {
         /// Hold the guest.
         paused: bool,
     },
+    /// Read all that a snapshot consists of and hold it against its hashes, slowly, beside the VM's other work. It changes
+    /// nothing of the VM's, so its generation says nothing.
+    VerifySnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
     /// Remove a snapshot's memory, and its layers where nothing else needs them.
     DeleteSnapshot {
         /// Which.
@@ -222,6 +229,11 @@ pub enum TaskOutput {
     Deleted {
         /// What that freed, and what follows.
         facts: DeletionFacts,
+    },
+    /// A snapshot was read.
+    Verified {
+        /// What was found.
+        facts: VerificationFacts,
     },
     /// The VM was put back.
     Restored {

@@ -30,7 +30,7 @@ pub use audit::{
 };
 pub use login::*;
 pub use schedule::{CreateSchedule, Doomed, ScheduleListQuery, ScheduleReport, ScheduledVm, UpdateSchedule};
-pub use snapshot::{CloneSnapshot, CreateSnapshot, DIFF_LIST_MAX, DiffQuery, RestoreVm};
+pub use snapshot::{CloneSnapshot, CreateSnapshot, DIFF_LIST_MAX, DiffQuery, RestoreVm, VerifySnapshot};
 
 /// Longest page of a list.
 pub const PAGE_LIMIT_MAX: u32 = 5000;
@@ -643,6 +643,8 @@ crate::endpoints! {
     SnapshotUnpin: POST "/v1/vms/{vm}/snapshots/{snapshot}/unpin", Json, SnapshotPin, path SnapshotPath, query Nothing, body (), reply Snapshot;
     /// Make a new VM from a snapshot, running as the snapshot's VM was then.
     SnapshotClone: POST "/v1/vms/{vm}/snapshots/{snapshot}/clone", Json, SnapshotClone, path SnapshotPath, query ChangeQuery, body CloneSnapshot, reply OperationRef;
+    /// See whether a snapshot is still what it was; the verdict is kept with it.
+    SnapshotVerify: POST "/v1/vms/{vm}/snapshots/{snapshot}/verify", Json, SnapshotVerify, path SnapshotPath, query ChangeQuery, body VerifySnapshot, reply OperationRef;
     /// What differs between this snapshot of a VM and another one.
     SnapshotDiff: GET "/v1/vms/{vm}/snapshots/{snapshot}/diff", Json, SnapshotDiff, path SnapshotPath, query DiffQuery, body (), reply berth_model::diff::SnapshotDiff;
     /// Put a VM back to a snapshot, running as it was then.

@@ -184,6 +184,7 @@ pub fn vm(name: &str) -> Vm {
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
+            isolated: false,
         },
         status: VmStatus {
             state: VmState::Running,

@@ -182,6 +182,13 @@ pub fn outcome(operation: &Operation, hosts: &HostNames) -> String {
         Some(OperationResult::Clone { facts, .. }) => {
             format!("{} is made, {}", operation.subject, snapshot::clone_in_words(facts))
         }
+        Some(OperationResult::Verification { verification, facts, .. }) => {
+            format!(
+                "{}: snapshot {}",
+                operation.subject,
+                snapshot::verification_in_words(verification, facts)
+            )
+        }
         Some(OperationResult::Done) | None => format!("{} of {} is done", operation.kind, operation.subject),
     }
 }
@@ -242,6 +249,9 @@ fn facts(operation: &Operation, hosts: &HostNames) -> Facts {
         Some(OperationResult::Clone { facts: cloned, snapshot }) => {
             facts.with("of snapshot", snapshot).with("cost", snapshot::clone_in_words(cloned))
         }
+        Some(OperationResult::Verification { snapshot, verification, facts: read }) => facts
+            .with("snapshot", snapshot)
+            .with("verdict", snapshot::verification_in_words(verification, read)),
         Some(OperationResult::Done) | None => facts,
     }
 }

@@ -3,6 +3,7 @@
 mod clone;
 mod diff;
 mod tree;
+mod verify;
 
 use berth_api::endpoint::Nothing;
 use berth_api::manager::{
@@ -20,6 +21,8 @@ use clap::{Args, Subcommand};
 use crate::arguments::{ChangeArguments, DryRunArguments, ListArguments};
 use crate::exit::Failure;
 use crate::lookup::{HostNames, VmRef, parse_name};
+pub use verify::in_words as verification_in_words;
+
 use crate::output::{Facts, instant, word};
 use crate::session::Session;
 use crate::{operation, units, wait};
@@ -48,6 +51,8 @@ pub enum Verb {
     Restore(RestoreArguments),
     /// Take the newest restore back; what the VM is now is kept as an undo snapshot in its turn
     Undo(UndoArguments),
+    /// See whether snapshots are still what they were; exit code 1 when one is not
+    Verify(verify::Arguments),
     /// Delete a snapshot; the others stay
     Delete {
         #[command(flatten)]
@@ -114,6 +119,9 @@ pub struct RestoreArguments {
     /// Hold the guest afterwards, though it ran then
     #[arg(long)]
     paused: bool,
+    /// Also when the snapshot failed its last verification
+    #[arg(long, conflicts_with = "name")]
+    force: bool,
     #[command(flatten)]
     clone: clone::CloneArguments,
     #[command(flatten)]
@@ -146,18 +154,20 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         }
         Verb::Diff(arguments) => diff::run(session, arguments).await,
         Verb::Restore(arguments) => {
-            let RestoreArguments { vm, snapshot, no_undo, paused, clone, change } = arguments;
+            let RestoreArguments { vm, snapshot, no_undo, paused, force, clone, change } = arguments;
             if clone.is_wanted() {
                 return clone::run(session, vm, snapshot, (clone, paused), change).await;
             }
             // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
             let snapshot = snapshot.filter(|name| name != BASELINE);
-            restore(session, &vm, &RestoreVm { snapshot, no_undo, paused, newest_undo: false }, change).await
+            let wish = RestoreVm { snapshot, no_undo, paused, newest_undo: false, force };
+            restore(session, &vm, &wish, change).await
         }
         Verb::Undo(UndoArguments { vm, paused, change }) => {
             let wish = RestoreVm { newest_undo: true, paused, ..RestoreVm::default() };
             restore(session, &vm, &wish, change).await
         }
+        Verb::Verify(arguments) => verify::run(session, arguments).await,
         Verb::Delete { which, change } => delete(session, &which, change).await,
         Verb::Pin { which, dry_run } => pin(session, &which, dry_run).await,
         Verb::Unpin { which, dry_run } => unpin(session, &which, dry_run).await,
@@ -175,7 +185,7 @@ async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Fai
     let reply = session.send::<SnapshotCreate>(&vm.path(), &change_query(change), &wish).await?;
     let Some(over) = wait::carry_through(session, change, reply).await? else { return Ok(()) };
     let name = match &over.result {
-        Some(OperationResult::Snapshot { snapshot, .. }) => name_of(session, &vm, snapshot).await,
+        Some(OperationResult::Snapshot { snapshot, .. }) => name_of(session, &vm, snapshot.as_str()).await,
         _ => String::new(),
     };
     wait::done(session, &over, |over| match &over.result {
@@ -187,8 +197,8 @@ async fn create(session: &Session, arguments: CreateArguments) -> Result<(), Fai
 }
 
 /// The snapshot's name; its id if it is gone again.
-async fn name_of(session: &Session, vm: &VmRef, id: &SnapshotId) -> String {
-    let shown = session.ask::<SnapshotShow>(&vm.snapshot_path(id.as_str()), &Nothing {}).await;
+async fn name_of(session: &Session, vm: &VmRef, id: &str) -> String {
+    let shown = session.ask::<SnapshotShow>(&vm.snapshot_path(id), &Nothing {}).await;
     shown.map_or_else(|_| id.to_string(), |snapshot| snapshot.name.to_string())
 }
 
@@ -261,7 +271,7 @@ async fn show_tree(session: &Session, vm: &VmRef, limit: Option<u32>) -> Result<
     let found = session.ask::<VmShow>(&vm.path(), &Nothing {}).await?;
     let query = |limit, cursor| PageQuery { limit, cursor };
     let snapshots = session.pages::<SnapshotList, _>(&vm.path(), limit, query).await?;
-    session.output.list(&snapshots, || tree::table(&snapshots, &found.status))
+    session.output.list(&snapshots, || tree::table(&snapshots, &found.status, units::now()))
 }
 
 fn tell(over: &Operation) -> String {
@@ -353,6 +363,7 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with("pinned", if snapshot.pinned { "yes" } else { "no" })
         .with_some("note", (!snapshot.note.is_empty()).then_some(&snapshot.note))
         .with_some("expires", snapshot.expires_at.map(instant))
+        .with("verified", verify::cell(snapshot.verified.as_ref(), units::now()))
         .with("holds", holds(captured))
         .with("memory", if captured.has_memory { units::bytes(captured.memory_bytes) } else { "none".into() })
         .with("memory on disk", units::bytes(captured.memory_stored_bytes))

@@ -147,6 +147,16 @@ pub fn mib(value: u64) -> String {
     bytes(value.saturating_mul(MIB))
 }
 
+/// How long ago something was, in its largest unit alone: `5s`, `12min`, `2h`, `3d`.
+pub fn age(value_ms: u64) -> String {
+    match value_ms / 1000 {
+        seconds @ 0..60 => format!("{seconds}s"),
+        seconds @ 60..3600 => format!("{}min", seconds / 60),
+        seconds @ 3600..86_400 => format!("{}h", seconds / 3600),
+        seconds => format!("{}d", seconds / 86_400),
+    }
+}
+
 /// A measured time for people, with three digits that mean something: `9 µs`, `12.3 ms`, `1.15 s`.
 pub fn micros(value: u64) -> String {
     const MS: u64 = 1_000;

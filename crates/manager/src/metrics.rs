@@ -179,6 +179,7 @@ impl Metrics {
                 OperationResult::Snapshot { .. }
                 | OperationResult::SnapshotDeleted { .. }
                 | OperationResult::Clone { .. }
+                | OperationResult::Verification { .. }
                 | OperationResult::Done,
             )
             | None => {}

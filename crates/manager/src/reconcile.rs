@@ -8,6 +8,7 @@
 //! - [`baseline`]: takes the first snapshot of each VM whose guest is ready;
 //! - [`expiry`]: deletes what is kept for a time only;
 //! - [`schedules`]: begins the runs of schedules that are due, and goes on with those that were begun;
+//! - [`verification`]: has snapshots verified, each once and then weekly;
 //! - [`debts`]: has removed what could not be when its host was gone.
 
 pub mod hosts;
@@ -16,6 +17,8 @@ pub mod reports;
 pub mod baseline;
 
 pub mod schedules;
+
+pub mod verification;
 
 pub mod debts;
 pub mod expiry;
@@ -106,4 +109,5 @@ pub(crate) fn start(cluster: &Arc<Cluster>) {
     cluster.spawn(hosts::watch_all(Arc::clone(cluster)));
     cluster.spawn(baseline::keep(Arc::clone(cluster)));
     cluster.spawn(expiry::keep(Arc::clone(cluster)));
+    cluster.spawn(verification::keep(Arc::clone(cluster)));
 }

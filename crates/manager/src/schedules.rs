@@ -10,6 +10,7 @@ use berth_model::operation::OperationKind;
 use berth_model::schedule::retention::{self, Candidate, Verdict};
 use berth_model::schedule::{Keep, Schedule, Zone};
 use berth_model::snapshot::Snapshot;
+use berth_model::verification::Verification;
 use berth_model::vm::Vm;
 use berth_model::{ScheduleId, UserId, VmId};
 
@@ -99,7 +100,11 @@ pub fn doomed(
         taken_at: row.created_at,
         is_held: row.pinned || vm.status.baseline.as_ref() == Some(&row.value.id),
         is_used: users.iter().any(|text| text.contains(row.value.id.as_str())),
-        verdict: Verdict::Good,
+        verdict: if row.verified.as_ref().is_some_and(Verification::is_bad) {
+            Verdict::Broken
+        } else {
+            Verdict::Good
+        },
     };
     let candidates: Vec<Candidate> = snapshots.iter().map(candidate).collect();
     let goes: HashSet<_> = retention::to_delete(schedule, keep, zone, &candidates, now).into_iter().collect();

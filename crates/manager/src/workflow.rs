@@ -21,6 +21,8 @@ pub mod restore;
 
 pub mod clone;
 
+pub mod verify;
+
 pub mod migration;
 
 pub mod delete;
@@ -42,6 +44,7 @@ pub(crate) const fn makes_well(kind: OperationKind) -> bool {
         | OperationKind::VmDelete
         | OperationKind::SnapshotCreate
         | OperationKind::SnapshotClone
+        | OperationKind::SnapshotVerify
         | OperationKind::SnapshotDelete
         | OperationKind::ImageDelete => false,
     }

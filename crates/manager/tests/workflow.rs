@@ -3,8 +3,8 @@
 //! One program for all of it, since linking takes longer than running: `faults` fails and repeats every step of every
 //! workflow, `death` kills the manager after every write, `story` goes through what people do, `clones` makes VMs from
 //! snapshots, `migration` through what can become of a VM between two hosts, `hosts` through what hosts do by themselves,
-//! `schedules` through runs by the clock, and `trouble` cancels, cuts
-//! off and restarts in every step.
+//! `schedules` through runs by the clock, `verification` through what comes of snapshots that are read, and `trouble`
+//! cancels, cuts off and restarts in every step.
 
 #[path = "support/agent.rs"]
 mod agent;
@@ -29,3 +29,5 @@ mod schedules;
 mod story;
 #[path = "workflow/trouble.rs"]
 mod trouble;
+#[path = "workflow/verification.rs"]
+mod verification;

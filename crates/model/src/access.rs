@@ -147,6 +147,8 @@ actions! {
     VmMigrate = "vm.migrate" in Operate;
     /// Take snapshots.
     SnapshotCreate = "snapshot.create" in Operate;
+    /// See whether snapshots are still what they were, by reading them or by starting a clone without a network.
+    SnapshotVerify = "snapshot.verify" in Operate;
     /// Put a VM back to a snapshot.
     SnapshotRestore = "snapshot.restore" in Operate;
     /// Cancel operations.

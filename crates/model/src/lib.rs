@@ -5,7 +5,7 @@
 //! command line.
 //!
 //! Read in this order: [`id`] and [`name`] (what things are called), [`time`], [`problem`] (how a refusal is said),
-//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`diff`], [`schedule`], [`migration`], [`operation`], and last the rules that
+//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`verification`], [`diff`], [`schedule`], [`migration`], [`operation`], and last the rules that
 //! join them: [`access`] and [`placement`].
 
 pub mod id;
@@ -21,6 +21,7 @@ pub mod migration;
 pub mod operation;
 pub mod schedule;
 pub mod snapshot;
+pub mod verification;
 pub mod vm;
 
 pub mod access;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::migration::MigrationReport;
 use crate::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
+use crate::verification::{Verification, VerificationFacts};
 use crate::{ImageId, OperationId, Problem, SegmentId, SnapshotId, Timestamp, VmId};
 
 /// What an operation does.
@@ -60,6 +61,9 @@ pub enum OperationKind {
     /// Make a new VM from a snapshot.
     #[serde(rename = "snapshot.clone")]
     SnapshotClone,
+    /// See whether a snapshot is still what it was.
+    #[serde(rename = "snapshot.verify")]
+    SnapshotVerify,
     /// Delete a snapshot.
     #[serde(rename = "snapshot.delete")]
     SnapshotDelete,
@@ -70,7 +74,7 @@ pub enum OperationKind {
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::VmCreate,
         Self::VmStart,
         Self::VmShutdown,
@@ -83,6 +87,7 @@ impl OperationKind {
         Self::SnapshotCreate,
         Self::SnapshotRestore,
         Self::SnapshotClone,
+        Self::SnapshotVerify,
         Self::SnapshotDelete,
         Self::ImageDelete,
     ];
@@ -102,6 +107,7 @@ impl OperationKind {
             Self::SnapshotCreate => "snapshot.create",
             Self::SnapshotRestore => "snapshot.restore",
             Self::SnapshotClone => "snapshot.clone",
+            Self::SnapshotVerify => "snapshot.verify",
             Self::SnapshotDelete => "snapshot.delete",
             Self::ImageDelete => "image.delete",
         }
@@ -211,6 +217,15 @@ pub enum OperationResult {
         snapshot: SnapshotId,
         /// What it cost.
         facts: CloneFacts,
+    },
+    /// A snapshot was looked at.
+    Verification {
+        /// Which.
+        snapshot: SnapshotId,
+        /// What was found.
+        verification: Verification,
+        /// What reading it has shown.
+        facts: VerificationFacts,
     },
     /// A VM was moved.
     Migration {

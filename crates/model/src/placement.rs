@@ -155,6 +155,7 @@ mod tests {
             protected: false,
             class: crate::vm::standard_class(),
             ready_timeout_s: 1,
+            isolated: false,
         }
     }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::name::Name;
 use crate::schedule::Occasion;
+use crate::verification::Verification;
 use crate::{LayerId, SnapshotId, Timestamp, VmId};
 
 /// Why a snapshot exists, which says who may delete it.
@@ -80,6 +81,9 @@ pub struct Snapshot {
     /// When it is deleted by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Timestamp>,
+    /// What the last look at it has shown; none: nobody has looked yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verification>,
 }
 
 /// What a capture measured and made.

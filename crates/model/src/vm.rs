@@ -119,6 +119,9 @@ pub struct VmSpec {
     pub class: Name,
     /// How long the guest may take to be ready after a start, in seconds, before it is said that it is not.
     pub ready_timeout_s: u32,
+    /// It has no network, whatever its interfaces are: it was made of a snapshot to see whether that starts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub isolated: bool,
 }
 
 /// The class of VMs that nobody has given one.

@@ -234,6 +234,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
+            isolated: false,
         },
         status: VmStatus {
             state: VmState::Stopped,

@@ -4,6 +4,7 @@
 //! Each refusal is asked for twice, as a program asks and as a person does. Around them stands [`Stand`]: all that the
 //! cluster knows and every file that it keeps, taken before and compared after.
 
+mod damaged;
 mod full;
 mod hosts;
 mod images;

@@ -78,6 +78,10 @@ impl Stand {
 fn walk(folder: &Path, into: &mut BTreeSet<PathBuf>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
+        // Hashes of layers are made in the background, after what they are of.
+        if path.file_name().is_some_and(|name| name == "hashes") {
+            continue;
+        }
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             walk(&path, into);
         }

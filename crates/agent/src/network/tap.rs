@@ -28,8 +28,8 @@ const ADDRESS_START: u8 = 0xfe;
 pub struct Request {
     /// The device's name.
     pub name: String,
-    /// The bridge that it is to be on.
-    pub bridge: String,
+    /// The bridge that it is to be on; none: it leads nowhere.
+    pub bridge: Option<String>,
     /// The user that QEMU runs as.
     pub owner: Option<u32>,
 }
@@ -38,14 +38,14 @@ pub struct Request {
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// A step failed.
-    #[error("{doing} failed for tap '{name}' on bridge '{bridge}'")]
+    #[error("{doing} failed for tap '{name}'{}", bridge.as_ref().map(|bridge| format!(" on bridge '{bridge}'")).unwrap_or_default())]
     Step {
         /// What was being done.
         doing: &'static str,
         /// The tap's name.
         name: String,
         /// The bridge's name.
-        bridge: String,
+        bridge: Option<String>,
         /// Why.
         #[source]
         source: io::Error,
@@ -61,7 +61,7 @@ impl TapError {
     }
 }
 
-/// Makes a tap, up and on its bridge; it is gone when the last descriptor of it is closed.
+/// Makes a tap, up and on its bridge if it has one; it is gone when the last descriptor of it is closed.
 ///
 /// # Errors
 /// The step that failed; there is then no tap.
@@ -77,8 +77,13 @@ pub fn open(request: &Request) -> Result<OwnedFd, TapError> {
     let tap = make(request).map_err(failed("making it"))?;
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
         .map_err(|error| failed("opening a socket")(error.into()))?;
-    let mtu = interface(&socket, libc::SIOCGIFMTU, &request.bridge, Value::None)
-        .map_err(failed("finding the bridge"))?;
+    let Some(bridge) = &request.bridge else {
+        interface(&socket, libc::SIOCSIFFLAGS, &request.name, Value::Flags(libc::IFF_UP))
+            .map_err(failed("bringing it up"))?;
+        return Ok(tap.into());
+    };
+    let mtu =
+        interface(&socket, libc::SIOCGIFMTU, bridge, Value::None).map_err(failed("finding the bridge"))?;
     // SAFETY: `SIOCGIFMTU` has just filled this field in.
     #[allow(unsafe_code)]
     let mtu = unsafe { mtu.ifr_ifru.ifru_mtu };
@@ -91,7 +96,7 @@ pub fn open(request: &Request) -> Result<OwnedFd, TapError> {
     // SAFETY: `SIOCGIFINDEX` has just filled this field in.
     #[allow(unsafe_code)]
     let index = unsafe { index.ifr_ifru.ifru_ifindex };
-    interface(&socket, ADD_TO_BRIDGE, &request.bridge, Value::Int(index))
+    interface(&socket, ADD_TO_BRIDGE, bridge, Value::Int(index))
         .map_err(failed("putting it on the bridge"))?;
     interface(&socket, libc::SIOCSIFFLAGS, &request.name, Value::Flags(libc::IFF_UP))
         .map_err(failed("bringing it up"))?;
@@ -220,7 +225,8 @@ mod tests {
             let before = ip("-o link show br0");
             assert!(before.contains("fc:ff:ff:ff:ff:ff"), "{before}");
             for number in 0..8 {
-                let request = Request { name: format!("t{number}"), bridge: "br0".to_owned(), owner: None };
+                let request =
+                    Request { name: format!("t{number}"), bridge: Some("br0".to_owned()), owner: None };
                 let _tap = open(&request).expect("a tap");
                 let during = ip("-o link show br0");
                 assert!(during.contains("fc:ff:ff:ff:ff:ff"), "{during}");
@@ -251,7 +257,7 @@ mod tests {
             ip("link add br0 type bridge");
             ip("address add 198.18.0.1/24 dev br0");
             ip("link set br0 up");
-            let request = Request { name: "t0".to_owned(), bridge: "br0".to_owned(), owner: None };
+            let request = Request { name: "t0".to_owned(), bridge: Some("br0".to_owned()), owner: None };
             let before = open(&request).expect("a tap");
             let next = open_beside(&request).expect("a queue more");
             let send = || {

@@ -108,6 +108,26 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
 }
 
 #[test]
+fn an_isolated_machine_has_its_interfaces_and_they_lead_nowhere() {
+    let mut definition = testing::definition(1);
+    definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
+    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])]);
+    let machine = Machine {
+        definition: &definition,
+        dirs: &dirs(),
+        plan: &plan,
+        accelerator: Accelerator::Tcg,
+        nics: &[Nic::Nowhere, Nic::Nowhere],
+        direct_io: false,
+    };
+    let text = lines(&machine);
+    for word in ["hubport,id=net0,hubid=0", "hubport,id=net1,hubid=1", "netdev=net0", "netdev=net1"] {
+        assert!(text.contains(word), "{text}");
+    }
+    assert!(!text.contains("user,id=") && !text.contains("tap,id="), "{text}");
+}
+
+#[test]
 fn what_people_wrote_can_not_become_an_option() {
     let mut definition = testing::definition(1);
     definition.spec.machine_type = "q35,kernel=/etc/shadow".into();

@@ -40,7 +40,7 @@ use rustix::io::Errno;
 
 use super::archive::{self, Draft, Manifest, SnapshotFiles};
 use super::overlay::{self, Below};
-use super::{Target, layers, restore};
+use super::{Target, hashes, layers, restore};
 use crate::disk::FROZEN_MODE;
 use crate::durable::{self, FileError, blocking};
 use crate::image;
@@ -262,6 +262,7 @@ impl Taking {
                 return Err(Problem::new(ProblemCode::Busy, message));
             }
             self.take(&from, &to)?;
+            hashes::take_over(&self.origin, &self.dirs, layer)?;
         }
         Ok(layers.last().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
     }

@@ -63,7 +63,9 @@ pub fn known_by_guest(definition: &VmDefinition, borrowed: Option<&[Nic]>) -> Vm
 /// # Errors
 /// When this host has nothing of the VM.
 pub fn must_be_isolated(vm: &VmRuntime) -> Result<bool, Problem> {
-    let is_shared = vm.services().config.network.mode == NetworkMode::Bridge;
+    // One without any network is seen by nobody.
+    let is_shared =
+        vm.services().config.network.mode == NetworkMode::Bridge && !vm.definition()?.spec.isolated;
     Ok(is_shared && vm.host_record()?.borrowed_nics.is_some())
 }
 

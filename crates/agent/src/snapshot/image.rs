@@ -97,6 +97,11 @@ impl MemoryImage {
         &self.index
     }
 
+    /// The file of this number, if there is one.
+    pub fn file(&self, number: u8) -> Option<&File> {
+        self.files.get(usize::from(number)).and_then(Option::as_ref)
+    }
+
     /// What a restore has to send to the process that has mapped the full image, in bytes.
     pub fn sent_bytes(&self) -> u64 {
         sent_bytes(&self.index)

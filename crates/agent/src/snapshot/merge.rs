@@ -51,7 +51,7 @@ use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
 pub mod choice;
-mod throttle;
+pub mod throttle;
 pub mod worker;
 
 use choice::{Run, Stored, Tree, replaced};

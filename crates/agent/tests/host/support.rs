@@ -361,6 +361,7 @@ pub fn definition(number: u8, parts: &[(PartRole, PartFormat, Vec<u8>)]) -> VmDe
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 60,
+            isolated: false,
         },
         image: Image {
             id: image,

@@ -341,6 +341,7 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 120,
+            isolated: false,
         },
         image: Image {
             id: image,

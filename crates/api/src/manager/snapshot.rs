@@ -51,6 +51,17 @@ pub struct RestoreVm {
     /// Hold the guest afterwards, though it ran then.
     #[serde(default)]
     pub paused: bool,
+    /// Also when the snapshot failed its last verification.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// How to verify a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct VerifySnapshot {
+    /// Not only read it: start a clone without a network from it and wait until its guest is ready.
+    #[serde(default)]
+    pub boot: bool,
 }
 
 /// Wish for a new VM that is made from a snapshot.

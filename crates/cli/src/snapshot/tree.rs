@@ -5,23 +5,25 @@
 
 use std::collections::HashSet;
 
-use berth_model::SnapshotId;
+use super::verify;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::VmStatus;
+use berth_model::{SnapshotId, Timestamp};
 
 use crate::output::{Table, instant, word};
 use crate::units;
 
-const HEADERS: &[&str] = &["NAME", "KIND", "TAKEN", "PAUSED", "OWN", "SHARED", "HELD", "NOTE"];
+const HEADERS: &[&str] = &["NAME", "KIND", "TAKEN", "PAUSED", "OWN", "SHARED", "HELD", "VERIFIED", "NOTE"];
 
 /// The tree as a table, for people.
-pub fn table(snapshots: &[Snapshot], status: &VmStatus) -> Table {
+pub fn table(snapshots: &[Snapshot], status: &VmStatus, now_is: Timestamp) -> Table {
     let mut drawing = Drawing {
         snapshots,
         known: snapshots.iter().map(|snapshot| &snapshot.id).collect(),
         drawn: HashSet::new(),
         status,
         table: Table::new(HEADERS),
+        now_is,
     };
     drawing.children(None, "");
     // What is left is in a circle: shown without one, rather than not at all.
@@ -39,6 +41,7 @@ struct Drawing<'a> {
     drawn: HashSet<&'a SnapshotId>,
     status: &'a VmStatus,
     table: Table,
+    now_is: Timestamp,
 }
 
 impl<'a> Drawing<'a> {
@@ -90,7 +93,8 @@ impl<'a> Drawing<'a> {
             bytes => units::bytes(bytes),
         };
         let own = units::bytes(stored);
-        vec![name, word(&snapshot.kind), taken, paused, own, shared, held.to_owned(), note]
+        let verified = verify::cell(snapshot.verified.as_ref(), self.now_is);
+        vec![name, word(&snapshot.kind), taken, paused, own, shared, held.to_owned(), verified, note]
     }
 
     fn parent_of(&self, snapshot: &'a Snapshot) -> Option<&'a SnapshotId> {
@@ -121,9 +125,11 @@ const fn joints(is_root: bool, is_last: bool) -> (&'static str, &'static str) {
 mod tests {
     use super::*;
     use crate::fake;
-    use berth_model::Timestamp;
     use berth_model::snapshot::{SnapshotFacts, SnapshotKind};
+    use berth_model::verification::{Means, Verdict, Verification};
     use berth_model::vm::VmState;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_795_352_752_007);
 
     fn id(number: u8) -> SnapshotId {
         SnapshotId::from_entropy([number; 10])
@@ -147,6 +153,7 @@ mod tests {
             },
             created_at: Timestamp::from_millis(1_795_352_752_007 + u64::from(number) * 1000),
             expires_at: (kind == SnapshotKind::Undo).then(|| Timestamp::from_millis(1_795_439_152_007)),
+            verified: None,
         }
     }
 
@@ -164,22 +171,29 @@ mod tests {
         close.note = "month end".into();
         close.facts.memory_stored_bytes = 12 << 20;
         close.facts.memory_shared_bytes = 410 << 20;
+        let found = |verdict, detail: &str| {
+            Some(Verification { at: NOW, by: Means::Hash, verdict, detail: detail.into() })
+        };
+        close.verified = found(Verdict::Bad, "pages.idx: it is missing");
+        let mut baseline = snapshot(1, "baseline", SnapshotKind::Baseline, None);
+        baseline.verified = found(Verdict::Good, "");
+        let later = NOW.plus_millis(2 * 3600 * 1000);
         let snapshots = [
-            snapshot(1, "baseline", SnapshotKind::Baseline, None),
+            baseline,
             close,
             snapshot(3, "undo-1", SnapshotKind::Undo, Some(2)),
             snapshot(4, "later", SnapshotKind::Manual, Some(1)),
         ];
         let expected = "\
-NAME                KIND      TAKEN                 PAUSED   OWN      SHARED   HELD      NOTE
-baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           baseline
-├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  12 MiB 410 MiB            month end
-│  ├─ undo-1        undo      2026-11-22 13:05:55Z  12.3 ms  410 MiB                     until 2026-11-23 13:05:52Z
+NAME                KIND      TAKEN                 PAUSED   OWN      SHARED   HELD      VERIFIED     NOTE
+baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           baseline  good 2h ago
+├─ before-close     manual    2026-11-22 13:05:54Z  12.3 ms  12 MiB 410 MiB            BAD: pages.idx: it is missing month end
+│  ├─ undo-1        undo      2026-11-22 13:05:55Z  12.3 ms  410 MiB           -         until 2026-11-23 13:05:52Z
 │  └─ NOW           running
-└─ later            manual    2026-11-22 13:05:56Z  12.3 ms  410 MiB";
+└─ later            manual    2026-11-22 13:05:56Z  12.3 ms  410 MiB -";
         // The first column is as wide as its widest cell; the drawing is what counts here.
         let squeeze = |text: &str| text.lines().map(squeezed).collect::<Vec<_>>().join("\n");
-        assert_eq!(squeeze(&table(&snapshots, &status(Some(2), Some(1))).render()), squeeze(expected));
+        assert_eq!(squeeze(&table(&snapshots, &status(Some(2), Some(1)), later).render()), squeeze(expected));
     }
 
     fn squeezed(line: &str) -> String {
@@ -190,7 +204,7 @@ baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           b
 
     #[test]
     fn a_vm_without_snapshots_is_now() {
-        let drawn = table(&[], &status(None, None)).render();
+        let drawn = table(&[], &status(None, None), NOW).render();
         assert_eq!(drawn.lines().map(squeezed).collect::<Vec<_>>()[1..], ["NOW running"]);
     }
 
@@ -203,7 +217,7 @@ baseline            baseline  2026-11-22 13:05:53Z  12.3 ms  410 MiB           b
             snapshot(3, "c", SnapshotKind::Manual, Some(9)),
             snapshot(4, "d", SnapshotKind::Manual, Some(4)),
         ];
-        let drawn = table(&snapshots, &status(Some(8), None)).render();
+        let drawn = table(&snapshots, &status(Some(8), None), NOW).render();
         let names: Vec<String> = drawn.lines().skip(1).map(squeezed).collect();
         let first =
             |line: &String| line.split_whitespace().find(|word| word.is_ascii()).unwrap_or("").to_owned();

@@ -6,7 +6,7 @@ use berth_api::ClientError;
 use berth_api::agent::{ComparePath, CompareQuery, SnapshotCompare};
 use berth_api::manager::{
     DIFF_LIST_MAX, OperationRef, Page, SnapshotClone, SnapshotCreate, SnapshotDelete, SnapshotDiff,
-    SnapshotList, SnapshotPin, SnapshotShow, SnapshotUnpin,
+    SnapshotList, SnapshotPin, SnapshotShow, SnapshotUnpin, SnapshotVerify,
 };
 use berth_model::access::Action;
 use berth_model::operation::OperationKind;
@@ -42,6 +42,7 @@ pub fn mount(door: Door) -> Door {
         .mount(pin)
         .mount(unpin)
         .mount(clone)
+        .mount(verify)
 }
 
 async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
@@ -145,6 +146,13 @@ async fn clone(call: Call<SnapshotClone, TheSnapshot>) -> Result<Answer<Operatio
     let request = OperationRequest::SnapshotClone { origin, snapshot, wish };
     let begin = Begin { approved: ctx.approved, ..Begin::new(ctx.actor(), request) };
     operation::submit(ctx.cluster(), begin, dry_run).await
+}
+
+async fn verify(call: Call<SnapshotVerify, TheSnapshot>) -> Result<Answer<OperationRef>, Problem> {
+    let dry_run = call.input.query.dry_run.unwrap_or_default();
+    let (vm, snapshot) = (call.target.vm.value.id.clone(), call.target.snapshot.value.id.clone());
+    let request = OperationRequest::SnapshotVerify { vm, snapshot, boot: call.input.body.boot };
+    operation::submit(call.ctx.cluster(), Begin::new(call.ctx.actor(), request), dry_run).await
 }
 
 async fn pin(call: Call<SnapshotPin, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {

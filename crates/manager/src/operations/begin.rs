@@ -116,6 +116,11 @@ async fn write_down<W: Workflow>(
             transaction.create(&*vm);
             Some(*vm)
         }
+        About::Aside(vm) => {
+            // Its segment is whose business the operation is.
+            transaction.unchanged(&vm);
+            None
+        }
         About::Image(image) => {
             transaction.unchanged(&image);
             transaction.claim(&workflow::image::slot(&image), id.as_str());
@@ -131,7 +136,7 @@ async fn write_down<W: Workflow>(
 impl About {
     fn vm(&self) -> Option<Vm> {
         match self {
-            Self::Vm(row) => Some(row.value.clone()),
+            Self::Vm(row) | Self::Aside(row) => Some(row.value.clone()),
             Self::NewVm(vm) => Some((**vm).clone()),
             Self::Image(_) => None,
         }
@@ -139,7 +144,7 @@ impl About {
 
     fn segment(&self) -> Option<SegmentId> {
         match self {
-            Self::Vm(row) => Some(row.segment.clone()),
+            Self::Vm(row) | Self::Aside(row) => Some(row.segment.clone()),
             Self::NewVm(vm) => Some(vm.segment.clone()),
             Self::Image(row) => row.segment.clone(),
         }
@@ -148,7 +153,7 @@ impl About {
     fn image(&self) -> Option<ImageId> {
         match self {
             Self::Image(row) => Some(row.value.id.clone()),
-            Self::Vm(_) | Self::NewVm(_) => None,
+            Self::Vm(_) | Self::NewVm(_) | Self::Aside(_) => None,
         }
     }
 }

@@ -38,6 +38,7 @@ macro_rules! for_workflow {
             OperationKind::SnapshotCreate => $call::<workflow::snapshot::CreateSnapshot>($($argument),*),
             OperationKind::SnapshotRestore => $call::<workflow::restore::RestoreSnapshot>($($argument),*),
             OperationKind::SnapshotClone => $call::<workflow::clone::CloneSnapshot>($($argument),*),
+            OperationKind::SnapshotVerify => $call::<workflow::verify::VerifySnapshot>($($argument),*),
             OperationKind::SnapshotDelete => $call::<workflow::snapshot::DeleteSnapshot>($($argument),*),
             OperationKind::ImageDelete => $call::<workflow::image::DeleteImage>($($argument),*),
         }

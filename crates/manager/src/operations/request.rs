@@ -95,6 +95,15 @@ pub enum OperationRequest {
         /// What it is to be; the segment is named.
         wish: CloneSnapshot,
     },
+    /// See whether a snapshot is still what it was.
+    SnapshotVerify {
+        /// Of which VM, which nothing happens to.
+        vm: VmId,
+        /// Which.
+        snapshot: SnapshotId,
+        /// Start a clone from it as well.
+        boot: bool,
+    },
     /// Delete a snapshot.
     SnapshotDelete {
         /// Of which VM.
@@ -125,6 +134,7 @@ impl OperationRequest {
             Self::SnapshotCreate { .. } => OperationKind::SnapshotCreate,
             Self::SnapshotRestore { .. } => OperationKind::SnapshotRestore,
             Self::SnapshotClone { .. } => OperationKind::SnapshotClone,
+            Self::SnapshotVerify { .. } => OperationKind::SnapshotVerify,
             Self::SnapshotDelete { .. } => OperationKind::SnapshotDelete,
             Self::ImageDelete { .. } => OperationKind::ImageDelete,
         }
@@ -133,7 +143,10 @@ impl OperationRequest {
     /// The VM that it changes, if it is about one that exists.
     pub const fn vm(&self) -> Option<&VmId> {
         match self {
-            Self::VmCreate { .. } | Self::SnapshotClone { .. } | Self::ImageDelete { .. } => None,
+            Self::VmCreate { .. }
+            | Self::SnapshotClone { .. }
+            | Self::SnapshotVerify { .. }
+            | Self::ImageDelete { .. } => None,
             Self::VmStart { vm }
             | Self::VmShutdown { vm, .. }
             | Self::VmStop { vm }

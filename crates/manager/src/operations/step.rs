@@ -155,6 +155,8 @@ pub enum About {
     Vm(Arc<Row<Vm>>),
     /// A VM that is made by the operation's beginning.
     NewVm(Box<Vm>),
+    /// A VM that nothing happens to: its slot is not taken.
+    Aside(Arc<Row<Vm>>),
     /// An image.
     Image(Arc<Row<Image>>),
 }
@@ -205,6 +207,20 @@ impl<W: Workflow> Run<W> {
     pub fn command<'a>(&'a self, command: Command<'a>) -> BoxFuture<'a, Result<TaskOutput, Problem>> {
         let patience = Patience::For(STEP_PATIENCE);
         Box::pin(async move { self.drive(command, patience).await.map_err(DriveError::into_problem) })
+    }
+
+    /// Has an agent look at something of a VM that it does not change. So the VM's slot need not be this operation's, and
+    /// its generation stays.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn ask<'a>(&'a self, command: Command<'a>) -> BoxFuture<'a, Result<TaskOutput, Problem>> {
+        Box::pin(async move {
+            let put = PutTask { vm: command.vm.cloned(), generation: 0, spec: command.spec };
+            let (host, task) = (command.host, self.task_id(command.label));
+            let answer = self.drive_put(host, task, put, Patience::For(STEP_PATIENCE)).await;
+            answer.map_err(DriveError::into_problem)
+        })
     }
 
     /// The same for a task whose outcome must be known whatever it takes.

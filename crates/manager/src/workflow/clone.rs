@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::create::{NewVm, new_vm};
 use super::snapshot::{BASELINE_NAME, Capture, keep, unkeep};
+use super::verify::refuse_bad;
 use super::vm::{definition, first_layer, forget_vm, reachable_host, settle, wrong_state};
 use crate::cluster::Cluster;
 use crate::operations::OperationRequest;
@@ -72,6 +73,7 @@ impl Workflow for CloneSnapshot {
         let records = &desk.cluster.records;
         let origin = records.require::<Vm>(origin.as_str())?;
         let snapshot = records.find_snapshot(&origin.value.id, snapshot.as_str())?;
+        refuse_bad(&snapshot, "make the new VM of another one")?;
         let host = reachable_host(desk.cluster, &origin)?;
         if origin.status.state == VmState::Migrating {
             return Err(wrong_state(
@@ -114,7 +116,12 @@ impl Workflow for CloneSnapshot {
 }
 
 /// The wish for a VM that is what the origin is, but for who it is.
-fn as_wish(cluster: &Cluster, origin: &Vm, wish: &Wish, host: &HostId) -> Result<CreateVm, Problem> {
+pub(super) fn as_wish(
+    cluster: &Cluster,
+    origin: &Vm,
+    wish: &Wish,
+    host: &HostId,
+) -> Result<CreateVm, Problem> {
     let spec = &origin.spec;
     let segment = wish.segment.clone().unwrap_or_else(|| origin.segment.to_string());
     let image = cluster.records.require::<Image>(spec.image.as_str())?;
@@ -173,6 +180,7 @@ fn first(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot) -> Captur
         note,
         created_at: cluster.clock.now(),
         expires_at: None,
+        verified: None,
         ..snapshot.clone()
     };
     Capture { snapshot, new_top: first_layer(&vm.id), extent: SnapshotExtent::Machine }

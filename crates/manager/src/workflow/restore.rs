@@ -21,6 +21,7 @@ use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::{Capture, drop_files, keep, take, unkeep};
+use super::verify::refuse_bad;
 use super::vm::{definition, look, reachable_host, settle};
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
@@ -61,6 +62,9 @@ impl Workflow for RestoreSnapshot {
         let vm = desk.vm()?;
         let host = reachable_host(desk.cluster, vm)?;
         let snapshot = wanted(&desk.cluster.records, vm, wish)?;
+        if !wish.force {
+            refuse_bad(&snapshot, "go back to another one, or to this one all the same with --force")?;
+        }
         let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
         let undo = if running && !wish.no_undo {
             // Whoever restores again and again must not fill what a segment may have: without an undo snapshot it

@@ -9,6 +9,7 @@ use berth_model::host::Host;
 use berth_model::name::Name;
 use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::snapshot::{DeletionFacts, Snapshot, SnapshotExtent, SnapshotFacts, SnapshotKind};
+use berth_model::verification;
 use berth_model::vm::{Vm, VmState};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -141,6 +142,7 @@ impl Capture {
             facts: SnapshotFacts::default(),
             created_at: now,
             expires_at: None,
+            verified: None,
         };
         Ok(Self { snapshot, new_top: cluster.new_layer_id(), extent: SnapshotExtent::Machine })
     }
@@ -233,6 +235,7 @@ pub(super) async fn unkeep<W: Workflow>(run: &Run<W>, snapshot: &Snapshot) -> Re
         if vm.status.baseline.as_ref() == Some(&snapshot.id) {
             vm.status.baseline = None;
         }
+        verification::end_trouble(&mut vm.status.trouble, &snapshot.id);
         Some(())
     })
     .await

@@ -55,6 +55,7 @@ pub(super) fn spec(
         protected: wish.protected,
         class: wish.class.clone().unwrap_or_else(standard_class),
         ready_timeout_s: wish.ready_timeout_s.unwrap_or(READY_TIMEOUT_S_DEFAULT),
+        isolated: false,
     };
     spec.check()?;
     if let Some(text) = &spec.user_data {

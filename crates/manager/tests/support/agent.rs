@@ -19,6 +19,7 @@ use berth_model::host::{Accelerator, Host, Inventory, NetworkMode, PoolReport, Q
 use berth_model::name::Name;
 use berth_model::operation::Progress;
 use berth_model::snapshot::{CloneFacts, RestoreFacts, SnapshotFacts};
+use berth_model::verification::{SnapshotFault, VerificationFacts};
 use berth_model::vm::{GuestState, PortForward, VmState};
 use berth_model::{HostId, ImageId, LayerId, Problem, ProblemCode, SnapshotId, VmId};
 use http::{Request, Response};
@@ -107,6 +108,8 @@ struct State {
     /// How the next restores end once the process is gone.
     broken_restores: Vec<Problem>,
     script: Option<MoveScript>,
+    /// Snapshots that are not what they were.
+    faults: BTreeMap<SnapshotId, SnapshotFault>,
     guests_are: GuestState,
     lag: Duration,
 }
@@ -125,6 +128,7 @@ impl Net {
                 refusals: HashMap::new(),
                 broken_restores: Vec::new(),
                 script: None,
+                faults: BTreeMap::new(),
                 guests_are: GuestState::Booting,
                 lag: Duration::ZERO,
             }),
@@ -244,6 +248,13 @@ impl FakeAgent {
     /// The next task of this kind fails.
     pub fn refuse(&self, kind: &'static str, problem: Problem) {
         self.lock().refusals.insert(kind, problem);
+    }
+
+    /// From now on a snapshot has this fault; none: it is whole.
+    pub fn damage(&self, snapshot: &SnapshotId, fault: Option<SnapshotFault>) {
+        let faults = &mut self.lock().faults;
+        faults.remove(snapshot);
+        faults.extend(fault.map(|fault| (snapshot.clone(), fault)));
     }
 
     pub fn script(&self, script: MoveScript) {
@@ -454,6 +465,7 @@ impl FakeAgent {
                 self.restore(&vm(), snapshot, new_top, *paused)
             }
             TaskSpec::CloneVm { .. } => self.clone_vm(put),
+            TaskSpec::VerifySnapshot { snapshot } => self.verify(&vm(), snapshot),
             TaskSpec::DeleteSnapshot { snapshot } => {
                 self.pool(|pool| pool.vms.get_mut(&vm()).map(|files| files.snapshots.remove(snapshot)));
                 done
@@ -531,6 +543,16 @@ impl FakeAgent {
         });
         let facts = SnapshotFacts { has_memory, paused_us: 8000, total_ms: 50, ..SnapshotFacts::default() };
         TaskOutput::Snapshot { facts }
+    }
+
+    fn verify(&self, vm: &VmId, snapshot: &SnapshotId) -> Result<TaskOutput, Problem> {
+        let has =
+            self.pool(|pool| pool.vms.get(vm).is_some_and(|files| files.snapshots.contains_key(snapshot)));
+        if !has {
+            return Err(Problem::not_found("snapshot", snapshot));
+        }
+        let faults = self.lock().faults.get(snapshot).cloned().into_iter().collect();
+        Ok(TaskOutput::Verified { facts: VerificationFacts { faults, ..VerificationFacts::default() } })
     }
 
     fn clone_vm(&self, put: &PutTask) -> Result<TaskOutput, Problem> {
@@ -729,6 +751,7 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::TakeDiskSnapshot { .. } => "disk-snapshot",
         TaskSpec::RestoreSnapshot { .. } => "restore",
         TaskSpec::CloneVm { .. } => "clone",
+        TaskSpec::VerifySnapshot { .. } => "verify",
         TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
         TaskSpec::AdmitMigration { .. } => "admit",
         TaskSpec::RefuseMigration { .. } => "refuse",
@@ -754,6 +777,7 @@ pub const KINDS: &[&str] = &[
     "disk-snapshot",
     "restore",
     "clone",
+    "verify",
     "delete-snapshot",
     "admit",
     "refuse",

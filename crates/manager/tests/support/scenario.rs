@@ -63,6 +63,11 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             let first = snapshot(cluster, &vm, "first").await;
             clone_of(&vm, &first, "books-2")
         }
+        OperationKind::SnapshotVerify => {
+            let vm = running_vm(cluster, "books").await;
+            let snapshot = snapshot(cluster, &vm, "first").await;
+            OperationRequest::SnapshotVerify { vm, snapshot, boot: true }
+        }
         OperationKind::SnapshotDelete => {
             let vm = running_vm(cluster, "books").await;
             let first = snapshot(cluster, &vm, "first").await;

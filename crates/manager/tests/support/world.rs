@@ -308,7 +308,10 @@ impl World {
             for snapshot in &snapshots {
                 let memory = snapshot.facts.has_memory;
                 let parent = name_of(&snapshot.parent);
-                lines.push(format!("  snapshot {} of '{parent}' memory {memory}", plain(snapshot)));
+                let verified = snapshot.verified.as_ref().map(|found| (found.by, found.verdict));
+                let line =
+                    format!("  snapshot {} of '{parent}' memory {memory} {verified:?}", plain(snapshot));
+                lines.push(line);
             }
         }
         for image in cluster.records.list::<Image>() {

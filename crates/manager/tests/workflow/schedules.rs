@@ -244,6 +244,28 @@ async fn a_quota_that_is_reached_fails_the_run_and_says_so() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_snapshot_that_failed_its_verification_fills_no_place_of_a_good_one() {
+    let (stage, vms) = Stage::new(1, "0 * * * *", "last=2").await;
+    stage.runs(2).await;
+    let newest = stage.cluster().records.snapshots_of(&vms[0]).last().expect("two").value.clone();
+    let (file, detail) = ("layers/a.qcow2".to_owned(), "it is truncated".to_owned());
+    let torn = berth_model::verification::SnapshotFault { file, offset: None, detail };
+    stage.world.agent(0).damage(&newest.id, Some(torn));
+    let verify = OperationRequest::SnapshotVerify { vm: vms[0].clone(), snapshot: newest.id, boot: false };
+    done(stage.cluster(), verify).await;
+    let before = stage.due(&vms[0]);
+    stage.runs(3).await;
+    let after = stage.due(&vms[0]);
+    assert_eq!(
+        (after.len(), after[0]),
+        (2, before[0]),
+        "the older good one stays, the bad one goes: {after:?}"
+    );
+    assert!(!after.contains(&before[1]), "{after:?}");
+    stage.manager.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_schedule_goes_with_its_vm_and_what_is_pinned_stays() {
     let (stage, vms) = Stage::new(1, "0 * * * *", "last=1").await;
     stage.runs(1).await;

@@ -96,6 +96,7 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "VmUpdate" | "VmDelete" | "VmStart" | "VmShutdown" | "VmStop" | "VmRestart" | "VmPause"
         | "VmResume" | "VmMigrate" | "SnapshotCreate" => (Segment, "?dry_run=true", ""),
         "SnapshotDelete" => (Segment, "?dry_run=true", ""),
+        "SnapshotVerify" => (Segment, "?dry_run=true", "{}"),
         "SnapshotClone" => (Segment, "?dry_run=true", r#"{"name":"new"}"#),
         "VmRestore" => (Segment, "?dry_run=true", r#"{"snapshot":"first"}"#),
         new => panic!("the route {new} is new: say here what it is about"),

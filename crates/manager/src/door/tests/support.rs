@@ -393,6 +393,7 @@ pub fn sample_vm(number: u32, segment: &Segment, host: &Host, image: &Image) -> 
             protected: false,
             class: berth_model::vm::standard_class(),
             ready_timeout_s: 300,
+            isolated: false,
         },
         status: VmStatus {
             state: VmState::Running,

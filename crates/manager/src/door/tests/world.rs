@@ -180,6 +180,7 @@ pub fn snapshot(cluster: &Cluster, vm: &Vm, called: &str) -> Snapshot {
         facts: SnapshotFacts::default(),
         created_at: NOW,
         expires_at: None,
+        verified: None,
     }
 }
 
