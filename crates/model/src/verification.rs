@@ -119,13 +119,17 @@ impl VerificationFacts {
             words.push(first.to_string());
         }
         if self.faults.len() > 1 {
-            words.push(format!("and {} more files", self.faults.len() - 1));
+            words.push(format!("and {}", counted(self.faults.len() as u64 - 1, "more file")));
         }
         if self.first_hashed > 0 {
-            words.push(format!("{} layers first hashed now", self.first_hashed));
+            words.push(format!("{} first hashed now", counted(self.first_hashed, "layer")));
         }
         words.join("; ")
     }
+}
+
+fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// After how long a new snapshot is verified by itself, in milliseconds. Shorter: it is read while what it was taken for goes
@@ -226,7 +230,8 @@ mod tests {
             first_hashed: 2,
             ..VerificationFacts::default()
         };
-        let expected = "layers/a.qcow2 at byte 1048576: it has another hash; and 1 more files; 2 layers first hashed now";
+        let expected =
+            "layers/a.qcow2 at byte 1048576: it has another hash; and 1 more file; 2 layers first hashed now";
         assert_eq!(facts.detail(), expected);
         assert_eq!(VerificationFacts::default().detail(), "");
     }

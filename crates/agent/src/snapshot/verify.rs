@@ -181,7 +181,7 @@ async fn verify(
         }
     };
     let mut facts = tokio::select! {
-        facts = reading => facts?,
+        facts = task.unless_cancelled(reading) => facts??,
         () = telling => return Err(cancelled()),
     };
     facts.total_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -181,7 +181,7 @@ mod tests {
             at,
             by: Means::Hash,
             verdict: Verdict::Good,
-            detail: "1 layers first hashed now".into(),
+            detail: "1 layer first hashed now".into(),
         };
         assert_eq!(cell(None, at), "-");
         assert_eq!(cell(Some(&found), at.plus_millis(2 * 3600 * 1000 + 5)), "good 2h ago");
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(cell(Some(&found), at.plus_millis(90_000)), "good 1min ago, boots");
         let facts =
             VerificationFacts { read_bytes: 12 << 20, total_ms: 1150, ..VerificationFacts::default() };
-        let expected = "good, 12 MiB read in 1.15 s, and its guest gets ready (1 layers first hashed now)";
+        let expected = "good, 12 MiB read in 1.15 s, and its guest gets ready (1 layer first hashed now)";
         assert_eq!(in_words(&found, &facts), expected);
         (found.verdict, found.detail) = (Verdict::Bad, "device.bin: it is missing".into());
         assert_eq!(cell(Some(&found), at), "BAD: device.bin: it is missing");

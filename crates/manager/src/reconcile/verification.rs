@@ -13,6 +13,7 @@ use berth_model::vm::{Vm, VmState};
 use berth_model::{HostId, OperationId, Problem, ProblemCode, SnapshotId, Timestamp};
 
 use super::baseline::ACTOR;
+use crate::audit::OK;
 use crate::cluster::Cluster;
 use crate::operations::{Begin, OperationRequest, OperationRow};
 use crate::records::Row;
@@ -85,6 +86,7 @@ impl Keeper {
         let request = OperationRequest::SnapshotVerify { vm, snapshot: id.clone(), boot: false };
         match cluster.operations.begin(Begin::new(ACTOR, request)).await {
             Ok(begun) => {
+                cluster.did_by_itself("verification", "snapshot.verify", &format!("snapshot:{id}"), OK);
                 if let Some(operation) = begun.operation {
                     self.tries.insert(id, operation.id);
                 }
