@@ -111,7 +111,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
 fn an_isolated_machine_has_its_interfaces_and_they_lead_nowhere() {
     let mut definition = testing::definition(1);
     definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
-    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])]);
+    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])], Fittings::default());
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),

@@ -262,7 +262,9 @@ impl Taking {
                 return Err(Problem::new(ProblemCode::Busy, message));
             }
             self.take(&from, &to)?;
-            hashes::take_over(&self.origin, &self.dirs, layer)?;
+            if self.share {
+                hashes::link(&self.origin, &self.dirs, layer)?;
+            }
         }
         Ok(layers.last().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
     }

@@ -11,7 +11,7 @@
 //! it first.
 //!
 //! The layer's id is part of what is hashed: a layer with its hashes in another one's place is found out, too. Hashes go
-//! with their layer (`remove_unneeded_layers`), and clones get a copy of them.
+//! with their layer (`remove_unneeded_layers`), and clones link them as they link layers.
 
 use std::fs::{self, File};
 use std::io;
@@ -167,18 +167,22 @@ pub fn read(dirs: &VmDirs, layer: &LayerId) -> Result<Option<Result<LayerHashes,
 /// # Errors
 /// When the system refuses.
 pub fn write(dirs: &VmDirs, hashes: &LayerHashes) -> Result<(), FileError> {
-    let directory = dirs.hashes();
-    if !directory.is_dir() {
-        match fs::DirBuilder::new().mode(0o700).create(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(FileError::io(&directory, "made")(error));
-            }
-            _ => durable::sync_parent(&directory)?,
-        }
+    if make_directory(dirs)? {
+        durable::sync_parent(&dirs.hashes())?;
     }
     let path = dirs.layer_hashes(&hashes.layer);
     durable::write(&path, &hashes.to_bytes(), MODE)?;
     if dirs.layer(&hashes.layer).exists() { Ok(()) } else { durable::remove_file(&path) }
+}
+
+/// Says whether it is new.
+fn make_directory(dirs: &VmDirs) -> Result<bool, FileError> {
+    let directory = dirs.hashes();
+    match fs::DirBuilder::new().mode(0o700).create(&directory) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(FileError::io(&directory, "made")(error)),
+    }
 }
 
 /// Whether a layer is frozen: nobody writes to it again.
@@ -203,20 +207,19 @@ pub fn remove_strays(dirs: &VmDirs) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Gives a clone the hashes of a layer that it has, too. A layer without any is hashed anew.
+/// Gives a clone the hashes of a layer that it shares, as a link. That is not waited for to be on the disk, since a clone is
+/// waited for: what is lost is made anew.
 ///
 /// # Errors
 /// When the system refuses.
-pub fn take_over(from: &VmDirs, to: &VmDirs, layer: &LayerId) -> Result<(), FileError> {
-    let bytes = match fs::read(from.layer_hashes(layer)) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(FileError::io(&from.layer_hashes(layer), "read")(error)),
-    };
-    match LayerHashes::from_bytes(&bytes, layer) {
-        Ok(hashes) => write(to, &hashes),
-        // Whoever verifies the origin will say so.
-        Err(_) => Ok(()),
+pub fn link(from: &VmDirs, to: &VmDirs, layer: &LayerId) -> Result<(), FileError> {
+    make_directory(to)?;
+    let path = to.layer_hashes(layer);
+    match fs::hard_link(from.layer_hashes(layer), &path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
+            Ok(())
+        }
+        linked => linked.map_err(FileError::io(&path, "linked")),
     }
 }
 
