@@ -131,7 +131,7 @@ fn hashes_go_with_their_layer_and_a_clone_gets_them() {
 fn only_what_nobody_may_write_is_frozen() {
     let root = tempfile::tempdir().expect("directory");
     let path = root.path().join("layer");
-    for (mode, frozen) in [(0o440, true), (0o640, false), (0o600, false)] {
+    for (mode, frozen) in [(FROZEN_MODE, true), (0o644, false), (0o600, false)] {
         fs::write(&path, b"x").expect("file");
         fs::set_permissions(&path, Permissions::from_mode(mode)).expect("mode");
         assert_eq!(is_frozen(&fs::metadata(&path).expect("metadata")), frozen);
