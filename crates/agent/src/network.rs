@@ -86,7 +86,7 @@ pub async fn lease_beside(
     match services.config.network.mode {
         NetworkMode::Bridge => bridged_beside(services, definition).await,
         NetworkMode::User if definition.spec.isolated => {
-            Ok((nowhere(&definition.spec.nics), Plug::default()))
+            Ok((nowhere(&definition.spec.nics)?, Plug::default()))
         }
         NetworkMode::User => user_beside(&definition.spec.nics, before),
     }
@@ -103,7 +103,7 @@ pub async fn lease(
 ) -> Result<Lease, Problem> {
     match services.config.network.mode {
         NetworkMode::Bridge => bridged(services, definition).await,
-        NetworkMode::User if definition.spec.isolated => Ok(nowhere(&definition.spec.nics)),
+        NetworkMode::User if definition.spec.isolated => nowhere(&definition.spec.nics),
         NetworkMode::User => user(&definition.spec.nics, before),
     }
 }
@@ -168,8 +168,12 @@ async fn open_tap(request: tap::Request) -> Result<OwnedFd, Problem> {
 }
 
 /// Interfaces that lead nowhere.
-fn nowhere(nics: &[NicSpec]) -> Lease {
-    Lease { nics: nics.iter().map(|_| Nic::Nowhere).collect(), ..Lease::default() }
+fn nowhere(nics: &[NicSpec]) -> Result<Lease, Problem> {
+    let reach = nics.iter().enumerate().map(|(index, nic)| {
+        let subnet = subnet(index, nic)?;
+        Ok(Nic::User { subnet, forwards: Vec::new(), isolated: true })
+    });
+    Ok(Lease { nics: reach.collect::<Result<_, Problem>>()?, ..Lease::default() })
 }
 
 fn user(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<Lease, Problem> {
@@ -186,7 +190,11 @@ fn user(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<Lease, Problem>
             forward.host_port = port;
             held.push(guard);
         }
-        lease.nics.push(Nic::User { subnet: subnet(index, nic)?, forwards: forwards.clone() });
+        lease.nics.push(Nic::User {
+            subnet: subnet(index, nic)?,
+            forwards: forwards.clone(),
+            isolated: false,
+        });
         lease.forwards.push(forwards);
     }
     Ok(lease)
@@ -216,7 +224,7 @@ fn user_beside(nics: &[NicSpec], before: &[Vec<PortForward>]) -> Result<(Lease, 
             let PortForward { protocol, host_port, guest_port } = forward;
             plug.rules.push(format!("net{index} {protocol}:127.0.0.1:{host_port}-{guest}:{guest_port}"));
         }
-        lease.nics.push(Nic::User { subnet, forwards: Vec::new() });
+        lease.nics.push(Nic::User { subnet, forwards: Vec::new(), isolated: false });
         lease.forwards.push(forwards);
     }
     Ok((lease, plug))

@@ -37,14 +37,14 @@ pub const PROBE_PORT: &str = "dev.berth.probe";
 pub enum Nic {
     /// Through a tap that QEMU is given open.
     Tap,
-    /// Not at all.
-    Nowhere,
     /// Through QEMU's own network.
     User {
         /// The network that it plays; none: its own choice, with DHCP.
         subnet: Option<UserSubnet>,
         /// The host's loopback ports that lead to the guest.
         forwards: Vec<PortForward>,
+        /// It leads nowhere: neither to the host nor further.
+        isolated: bool,
     },
 }
 
@@ -249,10 +249,12 @@ impl Machine<'_> {
                     Descriptor::Tap(index),
                     ",vhost=off",
                 ),
-                // A hub with nothing else on it.
-                Nic::Nowhere => words.pair("-netdev", format!("hubport,id=net{index},hubid={index}")),
-                Nic::User { subnet, forwards } => {
+                Nic::User { subnet, forwards, isolated } => {
                     let mut text = format!("user,id=net{index},ipv6=off");
+                    // QEMU's own network all the same: a machine that was saved with one can't be loaded without.
+                    if *isolated {
+                        text.push_str(",restrict=on");
+                    }
                     let mut guest = String::new();
                     if let Some(UserSubnet { network, prefix, guest: address, host, name_server }) = subnet {
                         text.push_str(&format!(

@@ -16,7 +16,7 @@ use berth_model::vm::VmState;
 use guest_probe::memory::{Rewrite, Settings};
 use host::{LONG, TestHost, TestVm, layer, snapshot};
 
-const BUSY: Settings = Settings { memory_mib: 32, rate_mib_s: 10, hot_mib: 16, rewrite: Rewrite::Whole };
+const BUSY: Settings = Settings { memory_mib: 16, rate_mib_s: 10, hot_mib: 8, rewrite: Rewrite::Whole };
 
 async fn take(host: &TestHost, vm: &TestVm) -> SnapshotId {
     let taken = snapshot();
@@ -280,7 +280,7 @@ async fn a_clone_without_a_network_comes_up_and_is_heard() {
         assert!(report.forwards.is_empty(), "nobody gets in: {report:?}");
         let pid = host.pid(&id).expect("a process");
         let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("line");
-        assert!(line.contains("hubport,id=net0") && !line.contains("user,id=net0"), "{line}");
+        assert!(line.contains("restrict=on") && !line.contains("hostfwd"), "{line}");
         let delete = TaskSpec::DeleteVm { pool: "local".parse().expect("name"), keep_files: false };
         host.task(&id, delete).await.expect("deleted");
     }

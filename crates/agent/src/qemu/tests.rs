@@ -100,7 +100,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
         dirs: &dirs(),
         plan: &plan,
         accelerator: Accelerator::Kvm,
-        nics: &[Nic::User { subnet: Some(subnet), forwards }],
+        nics: &[Nic::User { subnet: Some(subnet), forwards, isolated: false }],
         direct_io: false,
         firmware_code: Path::new("/firmware/code.fd"),
     };
@@ -108,23 +108,21 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
 }
 
 #[test]
-fn an_isolated_machine_has_its_interfaces_and_they_lead_nowhere() {
+fn an_isolated_machine_has_its_interface_and_it_leads_nowhere() {
     let mut definition = testing::definition(1);
-    definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
+    definition.spec.nics = vec![testing::nic(None, None)];
     let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])], Fittings::default());
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),
         plan: &plan,
         accelerator: Accelerator::Tcg,
-        nics: &[Nic::Nowhere, Nic::Nowhere],
+        nics: &[Nic::User { subnet: None, forwards: Vec::new(), isolated: true }],
         direct_io: false,
     };
     let text = lines(&machine);
-    for word in ["hubport,id=net0,hubid=0", "hubport,id=net1,hubid=1", "netdev=net0", "netdev=net1"] {
-        assert!(text.contains(word), "{text}");
-    }
-    assert!(!text.contains("user,id=") && !text.contains("tap,id="), "{text}");
+    assert!(text.contains("user,id=net0,ipv6=off,restrict=on") && text.contains("netdev=net0"), "{text}");
+    assert!(!text.contains("hostfwd"), "{text}");
 }
 
 #[test]

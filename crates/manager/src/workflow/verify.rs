@@ -64,7 +64,7 @@ impl Workflow for VerifySnapshot {
         step!("start-clone", start_clone, remove_clone),
         step!("wait-ready", wait_ready),
         step!("remove-clone", remove_and_forget),
-        step!("record", record),
+        step!("record", record; no_return),
     ];
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
@@ -264,50 +264,46 @@ fn verdict(record: &VerifyRecord, at: berth_model::Timestamp) -> Verification {
     Verification { at, by, verdict, detail: fault.unwrap_or_else(|| record.facts.detail()) }
 }
 
-/// Writes it down with the snapshot; of a bad one the VM, the audit and the log say so.
+/// Writes it down with the snapshot; of a bad one the VM says so, and the audit and the log have it.
 async fn record(run: &mut Run<VerifySnapshot>) -> Result<(), Problem> {
     let (cluster, now) = (&run.cluster, run.cluster.clock.now());
     let VerifyRecord { vm, snapshot, .. } = &run.record;
     let found = verdict(&run.record, now);
-    let key = format!("{vm}/{snapshot}");
-    let kept = cluster.records.update::<Snapshot, RecordsError>(&key, |snapshot| {
-        snapshot.verified = Some(found.clone().after(snapshot.verified.as_ref()));
-        Ok(())
-    });
-    let kept = match kept.await {
-        Ok(row) => row,
-        // Deleted while it was read: there is nothing to say it of.
-        Err(RecordsError::Missing { .. }) => return Err(Problem::not_found("snapshot", snapshot)),
-        Err(error) => return Err(error.into()),
-    };
-    let now_bad = kept.verified.as_ref().filter(|verified| verified.is_bad());
-    tell_vm(cluster, vm, &kept, now_bad).await?;
+    keep(cluster, vm, snapshot, &found).await?;
     if found.is_bad() {
-        tracing::error!(%vm, %snapshot, name = %kept.name, detail = found.detail, "a snapshot failed its verification");
+        tracing::error!(%vm, %snapshot, detail = found.detail, "a snapshot failed its verification");
         cluster.did_by_itself("verification", "snapshot.verify", &format!("snapshot:{snapshot}"), "bad");
     }
     run.record.found = Some(found);
     Ok(())
 }
 
-/// The VM's trouble says that a snapshot of it is bad, until it is not.
-async fn tell_vm(
+async fn keep(
     cluster: &Cluster,
     vm: &VmId,
-    snapshot: &Snapshot,
-    bad: Option<&Verification>,
+    snapshot: &SnapshotId,
+    found: &Verification,
 ) -> Result<(), Problem> {
-    let told = cluster.records.update::<Vm, RecordsError>(vm.as_str(), |vm| {
-        let trouble = &mut vm.status.trouble;
-        match bad {
-            Some(bad) => *trouble = Some(verification::refusal(&snapshot.id, &snapshot.name, bad)),
-            None => verification::end_trouble(trouble, &snapshot.id),
+    let records = &cluster.records;
+    loop {
+        let vm = records.require::<Vm>(vm.as_str())?;
+        // Deleted while it was read: there is nothing to say it of.
+        let snapshot = records.find_snapshot(&vm.value.id, snapshot.as_str())?;
+        let (mut vm_then, mut then) = (vm.value.clone(), snapshot.value.clone());
+        let kept = found.clone().after(then.verified.as_ref());
+        if kept.is_bad() {
+            vm_then.status.trouble = Some(verification::refusal(&then.id, &then.name, &kept));
+        } else {
+            verification::end_trouble(&mut vm_then.status.trouble, &then.id);
         }
-        Ok(())
-    });
-    match told.await {
-        Ok(_) | Err(RecordsError::Missing { .. }) => Ok(()),
-        Err(error) => Err(error.into()),
+        then.verified = Some(kept);
+        let mut transaction = Transaction::new();
+        transaction.replace(&vm, &vm_then);
+        transaction.replace(&snapshot, &then);
+        match records.commit(transaction).await {
+            Err(RecordsError::Conflict { .. }) => records.catch_up().await?,
+            other => return other.map(drop).map_err(Into::into),
+        }
     }
 }
 
