@@ -114,6 +114,40 @@ fn truncated<'a>(what: &'a str, path: PathBuf, block: Option<u64>, aside: PathBu
     (what, Box::new(deed), path, block, Box::new(move || fs::rename(&aside, &back).expect("put back")))
 }
 
+fn page(at: u64) -> Option<u64> {
+    Some(at - at % 4096)
+}
+
+/// What can be wrong with a snapshot whose files are in `own`, of a VM whose are in `home`.
+fn cases<'a>(home: &Path, own: &Path, lying: &[String], aside: &Path) -> Vec<Case<'a>> {
+    let [lower, upper] = [0, 1].map(|at| home.join("layers").join(format!("{}.qcow2", lying[at])));
+    let difference = own.join("memory.1.raw");
+    assert!(difference.exists(), "the second shares the first's memory");
+    let in_difference = data_behind(&difference, 1 << 20);
+    let length = |path: &Path| path.metadata().expect("metadata").size();
+    let (layer_cut, last) = (length(&upper) - 4096, length(&lower) - 1);
+    let swapped = || -> Box<dyn Fn() + 'a> {
+        let (lower, upper) = (lower.clone(), upper.clone());
+        Box::new(move || swap(&lower, &upper))
+    };
+    let cut = |what, path: PathBuf, block| truncated(what, path, block, aside.to_owned());
+    let hashes = home.join("hashes").join(format!("{}.b3", lying[1]));
+    vec![
+        flipped("a byte of a layer", upper.clone(), 70_000, Some(0)),
+        flipped("the last byte of a layer", lower.clone(), last, Some(last - last % (1 << 20))),
+        flipped("a byte of the layer's hashes", hashes, 100, None),
+        flipped("a byte of device.bin", own.join("device.bin"), 5000, None),
+        flipped("a byte of pages.idx", own.join("pages.idx"), 5000, None),
+        flipped("a byte of the difference", difference.clone(), in_difference + 99, page(in_difference)),
+        cut("a layer is cut", upper.clone(), Some(layer_cut)),
+        cut("the difference is cut", difference, None),
+        cut("the full image is cut", own.join("memory.raw"), None),
+        cut("device.bin is cut", own.join("device.bin"), None),
+        cut("pages.idx is cut", own.join("pages.idx"), None),
+        ("layers are swapped", swapped(), lower.clone(), Some(0), swapped()),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_is_another_is_found_with_its_file_and_its_place() {
     let host = TestHost::start().await;
@@ -133,42 +167,8 @@ async fn whatever_is_another_is_found_with_its_file_and_its_place() {
     }
     let home = host.vm_directory(&vm.id);
     let own = home.join("snapshots").join(second.as_str());
-    let lying = layers(&host, &vm, &second);
-    let [lower, upper] = [0, 1].map(|at| home.join("layers").join(format!("{}.qcow2", lying[at])));
-    let hashes = |at: usize| home.join("hashes").join(format!("{}.b3", lying[at]));
-    let difference = own.join("memory.1.raw");
-    assert!(difference.exists(), "the second shares the first's memory");
-    let (in_full, in_difference) =
-        (data_behind(&own.join("memory.raw"), 40 << 20), data_behind(&difference, 1 << 20));
-    let page = |at: u64| Some(at - at % 4096);
-    let length = |path: &Path| path.metadata().expect("metadata").size();
-    let layer_cut = length(&upper) - 4096;
     let aside = host.root().join("aside");
-    let (a, b) = (lower.clone(), upper.clone());
-    let (c, d) = (lower.clone(), upper.clone());
-    let cases: Vec<Case<'_>> = vec![
-        flipped("a byte of a layer", upper.clone(), 70_000, Some(0)),
-        flipped("the last byte of a layer", lower.clone(), length(&lower) - 1, {
-            let last = length(&lower) - 1;
-            Some(last - last % (1 << 20))
-        }),
-        flipped("a byte of the layer's hashes", hashes(1), 100, None),
-        flipped("a byte of device.bin", own.join("device.bin"), 5000, None),
-        flipped("a byte of pages.idx", own.join("pages.idx"), 5000, None),
-        flipped("a byte of the difference", difference.clone(), in_difference + 99, page(in_difference)),
-        truncated("a layer is cut", upper.clone(), Some(layer_cut), aside.clone()),
-        truncated("the difference is cut", difference.clone(), None, aside.clone()),
-        truncated("the full image is cut", own.join("memory.raw"), None, aside.clone()),
-        truncated("device.bin is cut", own.join("device.bin"), None, aside.clone()),
-        truncated("pages.idx is cut", own.join("pages.idx"), None, aside.clone()),
-        (
-            "layers are swapped",
-            Box::new(move || swap(&a, &b)),
-            lower.clone(),
-            Some(0),
-            Box::new(move || swap(&c, &d)),
-        ),
-    ];
+    let cases = cases(&home, &own, &layers(&host, &vm, &second), &aside);
     for (what, deed, path, offset, undo) in &cases {
         deed();
         let found = verify(&host, &vm, &second).await;
@@ -185,12 +185,20 @@ async fn whatever_is_another_is_found_with_its_file_and_its_place() {
         );
     }
     // A byte of the full image is a fault of whoever uses that page of it.
-    flip(&own.join("memory.raw"), in_full + 7);
+    let full = home.join("snapshots").join(first.as_str()).join("memory.raw");
+    let at = data_behind(&full, 40 << 20);
+    flip(&full, at + 7);
     let found = verify(&host, &vm, &first).await;
-    assert_eq!(found.faults[0].offset, page(in_full), "{:?}", found.faults);
+    flip(&full, at + 7);
+    assert_eq!(found.faults[0].offset, page(at), "{:?}", found.faults);
     assert!(found.faults[0].file.ends_with("memory.raw"), "{:?}", found.faults);
-    flip(&own.join("memory.raw"), in_full + 7);
-    // A file that is gone, and one that should be a hole.
+    // So is what stands where nobody said that anything is: it would be mapped.
+    let gap =
+        rustix::fs::seek(fs::File::open(&full).expect("open"), rustix::fs::SeekFrom::Hole(0)).expect("hole");
+    meddle(&full, |file| file.write_all_at(&[1], gap + 9).expect("write"));
+    let found = verify(&host, &vm, &first).await;
+    meddle(&full, |file| file.write_all_at(&[0], gap + 9).expect("write"));
+    assert_eq!(found.faults[0].offset, page(gap), "{:?}", found.faults);
     fs::rename(own.join("device.bin"), &aside).expect("renamed");
     let found = verify(&host, &vm, &second).await;
     assert_eq!(found.faults[0].detail, "it is missing");

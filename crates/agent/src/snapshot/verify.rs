@@ -267,10 +267,6 @@ impl<'a> Look<'a> {
 
     fn layer(&mut self, layer: &LayerId, file: &File, metadata: &std::fs::Metadata) -> Result<(), Problem> {
         let path = self.dirs.layer(layer);
-        let state = FileState::of(metadata);
-        if self.is_spared(state, layer.as_str()) {
-            return Ok(());
-        }
         let known = match hashes::read(self.dirs, layer)? {
             Some(Ok(known)) => Some(known),
             Some(Err(error)) => {
@@ -280,6 +276,10 @@ impl<'a> Look<'a> {
             }
             None => None,
         };
+        let state = FileState::of(metadata);
+        if known.is_some() && self.is_spared(state, layer.as_str()) {
+            return Ok(());
+        }
         let found = match &known {
             Some(known) => known.check(&mut self.reader, file),
             None => self.hash_first(layer, file, metadata).map(|()| None),
