@@ -64,15 +64,12 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             clone_of(&vm, &first, "books-2")
         }
         OperationKind::SnapshotVerify => {
-            let vm = running_vm(cluster, "books").await;
-            let snapshot = snapshot(cluster, &vm, "first").await;
+            let (vm, snapshot) = one_of_two(cluster).await;
             OperationRequest::SnapshotVerify { vm, snapshot, boot: true }
         }
         OperationKind::SnapshotDelete => {
-            let vm = running_vm(cluster, "books").await;
-            let first = snapshot(cluster, &vm, "first").await;
-            snapshot(cluster, &vm, "second").await;
-            OperationRequest::SnapshotDelete { vm, snapshot: first }
+            let (vm, snapshot) = one_of_two(cluster).await;
+            OperationRequest::SnapshotDelete { vm, snapshot }
         }
         OperationKind::ImageDelete => {
             let image = ImageId::from_entropy([8; 10]);
@@ -84,6 +81,14 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             OperationRequest::ImageDelete { image }
         }
     }
+}
+
+/// The first of two snapshots of a running VM.
+async fn one_of_two(cluster: &Cluster) -> (VmId, SnapshotId) {
+    let vm = running_vm(cluster, "books").await;
+    let first = snapshot(cluster, &vm, "first").await;
+    snapshot(cluster, &vm, "second").await;
+    (vm, first)
 }
 
 pub fn clone_of(vm: &VmId, snapshot: &SnapshotId, name: &str) -> OperationRequest {
