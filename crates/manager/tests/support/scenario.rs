@@ -52,9 +52,7 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             take(&vm, "second")
         }
         OperationKind::SnapshotRestore => {
-            let vm = running_vm(cluster, "books").await;
-            snapshot(cluster, &vm, "first").await;
-            snapshot(cluster, &vm, "second").await;
+            let (vm, _) = one_of_two(cluster).await;
             let wish = RestoreVm { snapshot: Some("first".to_owned()), no_undo: false, ..Default::default() };
             OperationRequest::SnapshotRestore { vm, wish }
         }
