@@ -119,6 +119,7 @@ fn an_isolated_machine_has_its_interface_and_it_leads_nowhere() {
         accelerator: Accelerator::Tcg,
         nics: &[Nic::User { subnet: None, forwards: Vec::new(), isolated: true }],
         direct_io: false,
+        firmware_code: Path::new("/firmware/code.fd"),
     };
     let text = lines(&machine);
     assert!(text.contains("user,id=net0,ipv6=off,restrict=on") && text.contains("netdev=net0"), "{text}");
