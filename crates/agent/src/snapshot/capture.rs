@@ -162,8 +162,6 @@ impl Capture<'_> {
                 () = self.keep_flushed() => Err(OutgoingError::Stuck),
             };
             let paused_us = flushed?;
-            // The guest runs already; what is in the stream, and what a restore gives it, is of the instant.
-            self.keep_nvram().await?;
             background.until_sent(context.cancel(), |passage| context.progress(progress(passage))).await?;
             let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
             Ok::<_, Problem>(Taken { paused_us, cpu_ended, rounds: 1 })
@@ -234,7 +232,9 @@ impl Capture<'_> {
         }
         layers::switch(self.qmp, self.old_top, self.new_top).await.map_err(layers::refused)?;
         *switched = true;
-        self.keep_nvram().await?;
+        if let Some(nvram) = &self.nvram {
+            nvram.keep().await?;
+        }
         if self.was_running {
             outgoing.finish().await?;
             let paused_us = outgoing.take_back().await?;
@@ -244,14 +244,6 @@ impl Capture<'_> {
         } else {
             outgoing.finish_unanswered().await?;
             Ok(Taken { paused_us: 0, cpu_ended: None, rounds: outgoing.passes() })
-        }
-    }
-
-    /// What the machine remembers beside its disk is kept as it is now.
-    async fn keep_nvram(&self) -> Result<(), Problem> {
-        match &self.nvram {
-            Some(nvram) => nvram.keep().await,
-            None => Ok(()),
         }
     }
 

@@ -5,6 +5,9 @@
 //! guest does. So passes come first, and the background is what a guest gets that they don't catch. Not so under translation
 //! by a QEMU before 9.0: there a pass makes the guest wait for seconds (`docs/benchmarks.md`), and the background comes first.
 //!
+//! A machine that remembers something beside its disk ([`crate::nvram`]) is taken in passes only: QEMU does not hold back
+//! what a guest writes to a flash chip until the chip was sent, so in the background it might not be of the instant.
+//!
 //! A way that fails for a reason of its own is followed by the other one, so that a snapshot is taken if it can be.
 
 use berth_model::host::Accelerator;
@@ -26,7 +29,8 @@ impl Ways {
         // Holding a guest's processors takes the right to trace QEMU's process, which is another user's.
         let may_hold = rustix::process::geteuid().is_root();
         let Ok(qmp) = vm.qmp() else { return Self(ways) };
-        if is_running && may_hold && background::is_possible(qmp).await {
+        let remembers = vm.vm_record().is_ok_and(|record| record.fittings.nvram.is_some());
+        if is_running && may_hold && !remembers && background::is_possible(qmp).await {
             let waits = match (vm.services().hypervisor().await, vm.definition()) {
                 (Some(hypervisor), Ok(definition)) => {
                     hypervisor.accelerator == Accelerator::Tcg
