@@ -126,6 +126,8 @@ fn cases<'a>(home: &Path, own: &Path, lying: &[String], aside: &Path) -> Vec<Cas
     let in_difference = data_behind(&difference, 1 << 20);
     let length = |path: &Path| path.metadata().expect("metadata").size();
     let (layer_cut, last) = (length(&upper) - 4096, length(&lower) - 1);
+    // Of layers of different lengths it is where the shorter one ends.
+    let other_from = if length(&lower) == length(&upper) { 0 } else { length(&lower).min(length(&upper)) };
     let swapped = || -> Box<dyn Fn() + 'a> {
         let (lower, upper) = (lower.clone(), upper.clone());
         Box::new(move || swap(&lower, &upper))
@@ -144,7 +146,7 @@ fn cases<'a>(home: &Path, own: &Path, lying: &[String], aside: &Path) -> Vec<Cas
         cut("the full image is cut", own.join("memory.raw"), None),
         cut("device.bin is cut", own.join("device.bin"), None),
         cut("pages.idx is cut", own.join("pages.idx"), None),
-        ("layers are swapped", swapped(), lower.clone(), Some(0), swapped()),
+        ("layers are swapped", swapped(), lower.clone(), Some(other_from), swapped()),
     ]
 }
 
