@@ -87,7 +87,7 @@ pub fn memory_bytes(memory_mib: u64, accelerator: Accelerator, machine_type: &st
 }
 
 /// Whether a machine type is of a release that watches a translated guest's writes rightly; no, if its name is unknown.
-pub fn only_in_right_qemu(machine_type: &str) -> bool {
+fn only_in_right_qemu(machine_type: &str) -> bool {
     let version = ["pc-q35-", "pc-i440fx-"].iter().find_map(|family| machine_type.strip_prefix(family));
     let major = version.and_then(|version| version.split_once('.')?.0.parse::<u32>().ok());
     major.is_some_and(|major| major >= RIGHT_SINCE_MACHINE)

@@ -102,7 +102,7 @@ pub struct Sending {
     pub bandwidth_bytes_per_second: Option<u64>,
     /// The reader answers: QEMU is done only when the reader says that it has everything.
     pub return_path: bool,
-    /// Slow the guest down when it will not converge otherwise; if not, it is given up then.
+    /// Slow the guest down when it will not converge otherwise.
     pub slow_guest_down: bool,
     /// How long QEMU may take for the last part, guest stopped. It is megabytes: longer means that the other end hangs,
     /// and the guest stands still for as long.
@@ -131,7 +131,6 @@ pub struct Outgoing {
     qmp: Qmp,
     events: Events,
     convergence: Convergence,
-    slow_guest_down: bool,
     finish_timeout: Duration,
     started: Instant,
     pass: u64,
@@ -167,7 +166,6 @@ impl Outgoing {
             qmp: qmp.clone(),
             events,
             convergence: Convergence::new(sending.budget),
-            slow_guest_down: sending.slow_guest_down,
             finish_timeout: sending.finish_timeout,
             started: Instant::now(),
             pass: 0,
@@ -339,11 +337,11 @@ impl Outgoing {
                 };
                 self.qmp.call(parameters).await?;
             }
-            Advice::SlowDown(percent) if self.slow_guest_down => {
+            Advice::SlowDown(percent) => {
                 tracing::debug!(percent, pass = self.pass, "the guest is too busy: slowing it down");
                 set_throttle(&self.qmp, percent).await?;
             }
-            Advice::SlowDown(_) | Advice::GiveUp => {
+            Advice::GiveUp => {
                 let limit_ms = self.convergence.limit_ms();
                 return Err(OutgoingError::TooFast { passes: self.pass, limit_ms });
             }
@@ -352,26 +350,18 @@ impl Outgoing {
     }
 
     async fn check(&self, status: &MigrationStatus) -> Result<(), OutgoingError> {
-        check(&self.qmp, status).await
+        match status {
+            MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                let info = self.qmp.call(QueryMigrate {}).await?;
+                let reason = info.error_desc.unwrap_or_else(|| "the other end stopped reading".into());
+                Err(OutgoingError::Failed { reason })
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn gone(&self) -> OutgoingError {
         OutgoingError::Qmp(QmpError::from(self.qmp.closed().await))
-    }
-}
-
-/// Whether a migration of this status is still one.
-///
-/// # Errors
-/// When it has come to nothing, with QEMU's reason.
-pub async fn check(qmp: &Qmp, status: &MigrationStatus) -> Result<(), OutgoingError> {
-    match status {
-        MigrationStatus::Failed | MigrationStatus::Cancelled => {
-            let info = qmp.call(QueryMigrate {}).await?;
-            let reason = info.error_desc.unwrap_or_else(|| "the other end stopped reading".into());
-            Err(OutgoingError::Failed { reason })
-        }
-        _ => Ok(()),
     }
 }
 
@@ -477,8 +467,7 @@ pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
     }
 }
 
-/// What QEMU says of how it goes.
-pub fn passage(info: &MigrationInfo, pass: u64) -> Passage {
+fn passage(info: &MigrationInfo, pass: u64) -> Passage {
     let ram = info.ram.unwrap_or_default();
     let page_bytes = if ram.page_size_bytes == 0 { 4096 } else { ram.page_size_bytes };
     Passage {

@@ -8,10 +8,6 @@
 //! RESUME       the guest goes on, on the new layer
 //! ```
 //!
-//! A guest that is under translation, or that writes faster than this takes its memory, is taken in the
-//! [`background`]: stopped once, and copied from then on. Which of the ways is tried first, and what is tried when it does
-//! not work, is said by [`Ways`].
-//!
 //! A guest that does not run (held, or panicked) is taken the same way, but QEMU must not come to believe that it is gone:
 //! a machine that was sent away while paused can't be sent again and has let go of its disks. So the reader says
 //! nothing at the end and hangs up: QEMU takes that for a failure, and keeps its disks.
@@ -21,10 +17,8 @@ use std::time::Duration;
 
 use berth_model::LayerId;
 use berth_model::operation::Progress;
-use berth_model::snapshot::CaptureWay;
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::Qmp;
-use berth_qmp::commands::QueryCpusFast;
 use berth_stream::Base;
 use tokio::task::JoinHandle;
 
@@ -35,19 +29,9 @@ use super::memory::{CollectError, Collected, collect};
 use super::slowdown::{self, CpuTime};
 use crate::durable::with_causes;
 use crate::migration::convergence::PauseBudget;
-use crate::migration::outgoing::{Outgoing, OutgoingError, Passage, Sending, settle};
+use crate::migration::outgoing::{Outgoing, Passage, Sending};
 use crate::nvram::Keeping;
 use crate::task::TaskContext;
-
-pub mod background;
-mod huge_pages;
-mod vcpus;
-mod ways;
-
-pub use ways::Ways;
-
-use background::Background;
-use vcpus::Holder;
 
 /// How often what the guest has written is brought to the disk.
 const FLUSH_EVERY: Duration = Duration::from_millis(150);
@@ -75,12 +59,6 @@ pub struct Capture<'a> {
     pub nvram: Option<Keeping>,
     /// Whether the guest runs.
     pub was_running: bool,
-    /// How its memory is taken.
-    pub way: CaptureWay,
-    /// Slow the guest down when it writes too fast for [`CaptureWay::PreCopy`]; if not, that fails then.
-    pub slow_guest_down: bool,
-    /// QEMU's process.
-    pub pid: i32,
     /// What its processors had got a moment ago, if that is known.
     pub cpu_before: Option<CpuTime>,
 }
@@ -117,22 +95,11 @@ impl Capture<'_> {
         context: &TaskContext,
         base: Option<Base<MemoryImage>>,
     ) -> Result<Captured, CaptureFailure> {
-        match self.way {
-            CaptureWay::PreCopy => self.run_in_passes(context, base).await,
-            CaptureWay::Background => self.run_in_background(context, base).await,
-        }
-    }
-
-    async fn run_in_passes(
-        &self,
-        context: &TaskContext,
-        base: Option<Base<MemoryImage>>,
-    ) -> Result<Captured, CaptureFailure> {
         let sending = Sending {
             budget: PauseBudget::SNAPSHOT,
             bandwidth_bytes_per_second: None,
             return_path: !self.was_running,
-            slow_guest_down: self.slow_guest_down,
+            slow_guest_down: true,
             finish_timeout: FINISH_TIMEOUT,
         };
         let mut switched = false;
@@ -141,56 +108,22 @@ impl Capture<'_> {
             Outgoing::start(self.qmp, sending).await.map_err(|error| failure(error.into(), switched))?;
         let collector = self.collector(stream, base);
         let taken = self.take(&mut outgoing, context, &mut switched).await;
-        self.conclude(taken, collector, switched, cpu_begun).await
-    }
-
-    async fn run_in_background(
-        &self,
-        context: &TaskContext,
-        base: Option<Base<MemoryImage>>,
-    ) -> Result<Captured, CaptureFailure> {
-        self.put_pages_together().await;
-        let mut switched = false;
-        let holder = self.holder().await.map_err(|error| failure(error.into(), switched))?;
-        let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
-        let (mut background, stream) =
-            Background::start(self.qmp).await.map_err(|error| failure(error.into(), switched))?;
-        let collector = self.collector(stream, base);
-        let taken = async {
-            let flushed = tokio::select! {
-                paused_us = background.switch(holder, [self.old_top, self.new_top], &mut switched) => paused_us,
-                () = self.keep_flushed() => Err(OutgoingError::Stuck),
-            };
-            let paused_us = flushed?;
-            background.until_sent(context.cancel(), |passage| context.progress(progress(passage))).await?;
-            let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
-            Ok::<_, Problem>(Taken { paused_us, cpu_ended, rounds: 1 })
-        };
-        let taken = taken.await;
-        self.conclude(taken, collector, switched, cpu_begun).await
-    }
-
-    /// What was taken and collected, or why not: the guest is then brought back to what it was.
-    async fn conclude(
-        &self,
-        taken: Result<Taken, Problem>,
-        collector: Collector,
-        switched: bool,
-        cpu_begun: Option<CpuTime>,
-    ) -> Result<Captured, CaptureFailure> {
-        if taken.is_err() {
-            // QEMU first: the collector ends when QEMU closes its end.
-            if let Err(error) = settle(self.qmp, self.was_running).await {
-                tracing::error!(%error, "the guest could not be brought back after a failed capture");
+        let collected = match &taken {
+            Ok(_) => wait_for(collector).await,
+            Err(_) => {
+                // QEMU first: the collector ends when QEMU closes its end.
+                if let Err(error) = outgoing.abandon(self.was_running).await {
+                    tracing::error!(%error, "the guest could not be brought back after a failed capture");
+                }
+                wait_for(collector).await
             }
-        }
-        let collected = wait_for(collector).await;
+        };
         match (taken, collected) {
-            (Ok(Taken { paused_us, cpu_ended, rounds }), Ok(collected)) => {
+            (Ok(Taken { paused_us, cpu_ended }), Ok(collected)) => {
                 let cpu = self.cpu_before.as_ref().zip(cpu_begun).zip(cpu_ended);
                 let guest_slowdown_percent =
                     cpu.and_then(|((before, begun), ended)| slowdown::percent(before, &begun, &ended));
-                Ok(Captured { collected, paused_us, rounds, guest_slowdown_percent })
+                Ok(Captured { collected, paused_us, rounds: outgoing.passes(), guest_slowdown_percent })
             }
             // The collector's fault is what QEMU met as a broken stream: it is the one to tell of.
             (_, Err(Some(error))) if self.is_cause(&error) => Err(failure(collect_problem(&error), switched)),
@@ -200,21 +133,6 @@ impl Capture<'_> {
                 Err(failure(problem, switched))
             }
         }
-    }
-
-    /// The pause is shorter for it, and nothing else.
-    async fn put_pages_together(&self) {
-        let (pid, bytes) = (self.pid, self.memory_bytes);
-        let together = tokio::task::spawn_blocking(move || huge_pages::collapse(pid, bytes)).await;
-        if let Ok(Err(error)) = together {
-            tracing::debug!(%error, "the guest's memory stays in small pages");
-        }
-    }
-
-    async fn holder(&self) -> Result<Holder, OutgoingError> {
-        let processors = self.qmp.call(QueryCpusFast {}).await?;
-        let threads = processors.into_iter().map(|cpu| cpu.thread_id).collect();
-        Holder::of(threads).map_err(OutgoingError::Socket)
     }
 
     /// From the first pass to the guest's going on.
@@ -239,11 +157,10 @@ impl Capture<'_> {
             outgoing.finish().await?;
             let paused_us = outgoing.take_back().await?;
             // The pause is in it: a few milliseconds of what took seconds.
-            let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
-            Ok(Taken { paused_us, cpu_ended, rounds: outgoing.passes() })
+            Ok(Taken { paused_us, cpu_ended: self.cpu_before.as_ref().and_then(CpuTime::later) })
         } else {
             outgoing.finish_unanswered().await?;
-            Ok(Taken { paused_us: 0, cpu_ended: None, rounds: outgoing.passes() })
+            Ok(Taken { paused_us: 0, cpu_ended: None })
         }
     }
 
@@ -280,7 +197,6 @@ impl Capture<'_> {
 struct Taken {
     paused_us: u64,
     cpu_ended: Option<CpuTime>,
-    rounds: u64,
 }
 
 type Collector = JoinHandle<Result<Collected, CollectError>>;
