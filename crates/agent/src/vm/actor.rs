@@ -130,7 +130,7 @@ impl Vms {
         };
         let receiving = Arc::clone(&handle.receiving);
         let (merging, merged) = Worker::new();
-        let hashing = hashes::worker::Worker::new();
+        let hashing = hashes::worker::Worker::start();
         let vms = Arc::downgrade(self);
         let owner = Owner { vms, runtime, jobs, noticed, receiving, merging, merged, hashing };
         tokio::spawn(owner.run(found));

@@ -28,7 +28,7 @@ impl Drop for Worker {
 
 impl Worker {
     /// One that has nothing to do yet.
-    pub fn new() -> Self {
+    pub fn start() -> Self {
         let (ground, changed) = watch::channel(None);
         tokio::spawn(work(changed));
         Self { pace: Pace::default(), ground }
