@@ -18,8 +18,9 @@ use tower::{Service, ServiceExt};
 use crate::pki::{self, Peer};
 use crate::transport::BoxError;
 
-/// Longest TLS handshake. A peer that takes longer holds a connection for nothing.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest TLS handshake. Longer: a peer that says nothing holds a connection for as long. Shorter: one on a busy machine
+/// is cut off.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for a request's head, which also ends idle connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 /// Most connections at once. More are taken only when one ends: a flood must not eat the memory of a host.

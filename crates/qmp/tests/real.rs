@@ -77,6 +77,7 @@ fn machine_samples() -> Vec<Sample> {
         sample(SystemReset {}),
         sample(Quit {}),
         sample(QueryCpusFast {}),
+        sample(QomListTypes { implements: "device".to_owned() }),
         sample(QueryMachines {}),
         sample(InfoRamBlock::default()),
         sample(QueryQmpSchema {}),
