@@ -84,8 +84,9 @@ async fn a_month_of_snapshots_is_taken_and_pruned_by_managers_that_die() {
     assert!(left.len() <= vms.len(), "everything else was pruned that had to be: {left:?}");
     for vm in &vms {
         let kept = scheduled(&cluster, vm).await;
-        // Two, the four days before, and at most two weeks that are not among these.
-        assert!((6..=8 + left.len()).contains(&kept), "{kept}");
+        // Two, the four days before (of which the second may be one, by the hour of the day at which this is run), and at
+        // most two weeks that are not among these.
+        assert!((5..=8 + left.len()).contains(&kept), "{kept}");
     }
     settled::wait(&cluster, DEADLINE).await.expect("settled");
     cluster.shut_down().await;
