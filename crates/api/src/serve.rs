@@ -3,24 +3,27 @@
 //! The configuration is read anew for each connection from a watch, so that a renewed certificate is in use at once,
 //! with no restart.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tower::{Service, ServiceExt};
+use tower::Service;
 
 use crate::pki::{self, Peer};
 use crate::transport::BoxError;
 
-/// Longest TLS handshake. Longer: a peer that says nothing holds a connection for as long. Shorter: one on a busy machine
-/// is cut off.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+mod answering;
+
+use answering::Answering;
+pub use answering::Arriving;
+
+/// Longest TLS handshake. A peer that takes longer holds a connection for nothing.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for a request's head, which also ends idle connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 /// Most connections at once. More are taken only when one ends: a flood must not eat the memory of a host.
@@ -42,9 +45,8 @@ pub async fn serve<S, B>(
     service: S,
     mut stop: watch::Receiver<bool>,
 ) where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S: Service<Request<Arriving>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
-    S::Error: Into<BoxError> + Send,
     B: hyper::body::Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<BoxError>,
@@ -85,9 +87,8 @@ async fn connection<S, B>(
     service: S,
 ) -> Result<(), BoxError>
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S: Service<Request<Arriving>, Response = Response<B>, Error = Infallible> + Clone + Send + 'static,
     S::Future: Send,
-    S::Error: Into<BoxError> + Send,
     B: hyper::body::Body + Send + 'static,
     B::Data: Send,
     B::Error: Into<BoxError>,
@@ -99,15 +100,11 @@ where
         Some(certificate) => pki::peer_of(certificate)?,
         None => Peer::Anonymous,
     };
-    let caller = Caller { remote, peer };
-    let service = service.map_request(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(caller.clone());
-        request
-    });
+    let service = Answering { service, caller: Caller { remote, peer } };
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(tls), TowerToHyperService::new(service))
+        .serve_connection(TokioIo::new(tls), service)
         .with_upgrades()
         .await
         .map_err(Into::into)
