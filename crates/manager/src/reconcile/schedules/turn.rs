@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_model::access::Action;
-use berth_model::operation::{Operation, OperationResult, OperationState};
+use berth_model::operation::{Operation, OperationKind, OperationResult, OperationState};
 use berth_model::schedule::{Occasion, Outcome, Part, Schedule, ScheduleRun, snapshot_name};
 use berth_model::snapshot::SnapshotKind;
 use berth_model::vm::{Vm, VmState};
@@ -180,6 +180,7 @@ impl Turn {
     async fn prune(&self) -> Result<(u64, Option<String>), Problem> {
         let cluster = self.keeper.cluster();
         let (mut deleted, mut left) = (0, None);
+        self.let_deletion_end().await?;
         let Some((schedule, vm)) = self.rows() else { return Ok((deleted, left)) };
         let rule = (&self.schedule, &schedule.keep, &schedule.timezone);
         let doomed = schedules::doomed(cluster, rule, &vm, cluster.clock.now());
@@ -200,6 +201,17 @@ impl Turn {
             }
         }
         Ok((deleted, left))
+    }
+
+    /// A manager that died while it pruned has left a deletion that goes on now, and that would be in the way of the others.
+    async fn let_deletion_end(&self) -> Result<(), Problem> {
+        let cluster = self.keeper.cluster();
+        let vm = cluster.records.get::<Vm>(self.vm.as_str());
+        let Some(id) = vm.and_then(|vm| vm.status.operation.clone()) else { return Ok(()) };
+        match cluster.operations.get(&id) {
+            Ok(going) if going.kind == OperationKind::SnapshotDelete => self.over(&id).await.map(drop),
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     async fn delete(&self, actor: &str, snapshot: &SnapshotId) -> Result<Result<(), Problem>, Problem> {
