@@ -79,7 +79,7 @@ impl Agent {
         let mut pools = Vec::new();
         for dirs in layout.pools() {
             image_leftovers(&dirs, &host);
-            pools.push(pool::open(dirs, isolated_users)?);
+            pools.push(pool::open(dirs, isolated_users, config.pool_reserve_percent)?);
         }
         make_private(&layout.vm_states())?;
         make_private(layout.run())?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use berth_model::host::NetworkMode;
 use berth_model::name::Name;
+use berth_model::schedule::reserve::RESERVE_PERCENT;
 use serde::{Deserialize, Serialize};
 
 /// The first user id that is given to a VM's QEMU. Far above people and services, below where user namespaces are
@@ -98,6 +99,9 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// Where disks and snapshots are kept.
     pub pools: Vec<PoolConfig>,
+    /// What part of each pool has to stay free for schedules to go on, in percent.
+    #[serde(default = "default_pool_reserve_percent")]
+    pub pool_reserve_percent: u8,
     /// QEMU.
     #[serde(default = "default_qemu_binary")]
     pub qemu_binary: PathBuf,
@@ -129,6 +133,10 @@ fn default_state_dir() -> PathBuf {
 
 fn default_run_dir() -> PathBuf {
     "/run/berth".into()
+}
+
+const fn default_pool_reserve_percent() -> u8 {
+    RESERVE_PERCENT
 }
 
 fn default_qemu_binary() -> PathBuf {
@@ -222,6 +230,9 @@ impl AgentConfig {
         if let Some(fault) = self.network.fault() {
             faults.push(fault);
         }
+        if self.pool_reserve_percent > 90 {
+            faults.push(format!("pool_reserve_percent is {}: expected 0 to 90", self.pool_reserve_percent));
+        }
         if self.user_id_base < 1000 {
             faults.push(format!("user_id_base is {}: expected 1000 or more", self.user_id_base));
         }
@@ -287,11 +298,19 @@ mod tests {
         let mut config = parse(SMALLEST).expect("parse");
         config.state_dir = "relative".into();
         config.user_id_base = 0;
+        config.pool_reserve_percent = 91;
         config.layers_max = 3;
         config.pools.push(config.pools[0].clone());
         config.network = NetworkConfig { mode: NetworkMode::Bridge, bridge: Some("br0/../x".into()) };
         let text = config.check().expect_err("wrong").to_string();
-        for part in ["state_dir", "user_id_base", "layers_max", "'local' twice", "network.bridge"] {
+        for part in [
+            "state_dir",
+            "user_id_base",
+            "pool_reserve_percent",
+            "layers_max",
+            "'local' twice",
+            "network.bridge",
+        ] {
             assert!(text.contains(part), "{text} lacks {part}");
         }
     }

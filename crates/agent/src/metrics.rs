@@ -30,14 +30,21 @@ pub fn text(agent: &Agent) -> String {
         let count = report.vms.iter().filter(|vm| vm.state == state).count() as u64;
         vms.get_or_create(&vec![("state", state.to_string())]).set(count);
     }
-    let (size, free) = (Gauges::default(), Gauges::default());
+    let (size, free, reserve) = (Gauges::default(), Gauges::default(), Gauges::default());
     registry.register_with_unit("pool_size", "Size of a pool's file system", Unit::Bytes, size.clone());
     registry.register_with_unit("pool_free", "What is free of it", Unit::Bytes, free.clone());
+    registry.register_with_unit(
+        "pool_reserve",
+        "What has to stay free of it for schedules to go on",
+        Unit::Bytes,
+        reserve.clone(),
+    );
     for facts in &agent.services().pools {
         if let Ok(pool) = pool::report(facts) {
             let labels = vec![("pool", pool.name.to_string())];
             size.get_or_create(&labels).set(pool.size_bytes);
             free.get_or_create(&labels).set(pool.free_bytes);
+            reserve.get_or_create(&labels).set(pool.reserve_bytes);
         }
     }
     chains(&mut registry, agent, &report);

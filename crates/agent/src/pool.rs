@@ -48,6 +48,8 @@ pub struct PoolFacts {
     pub uuid: String,
     /// Whether its file system lets files be written past the page cache.
     pub direct_io: bool,
+    /// What part of it has to stay free for schedules to go on, in percent.
+    pub reserve_percent: u8,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,7 +61,7 @@ struct Identity {
 ///
 /// # Errors
 /// When it can't be used.
-pub fn open(dirs: PoolDirs, isolated_users: bool) -> Result<PoolFacts, PoolError> {
+pub fn open(dirs: PoolDirs, isolated_users: bool, reserve_percent: u8) -> Result<PoolFacts, PoolError> {
     for directory in [dirs.images(), dirs.vms()] {
         fs::create_dir_all(&directory).map_err(FileError::io(&directory, "made"))?;
         if isolated_users {
@@ -72,7 +74,7 @@ pub fn open(dirs: PoolDirs, isolated_users: bool) -> Result<PoolFacts, PoolError
     }
     let uuid = identity(&dirs.identity())?;
     let direct_io = takes_direct_io(&dirs.path);
-    Ok(PoolFacts { dirs, uuid, direct_io })
+    Ok(PoolFacts { dirs, uuid, direct_io, reserve_percent })
 }
 
 /// How full a pool is.
@@ -81,11 +83,13 @@ pub fn open(dirs: PoolDirs, isolated_users: bool) -> Result<PoolFacts, PoolError
 /// When the file system can't be asked.
 pub fn report(facts: &PoolFacts) -> io::Result<PoolReport> {
     let size = rustix::fs::statvfs(&facts.dirs.path)?;
+    let size_bytes = size.f_blocks.saturating_mul(size.f_frsize);
     Ok(PoolReport {
         name: facts.dirs.name.clone(),
         pool_uuid: facts.uuid.clone(),
-        size_bytes: size.f_blocks.saturating_mul(size.f_frsize),
+        size_bytes,
         free_bytes: size.f_bavail.saturating_mul(size.f_frsize),
+        reserve_bytes: size_bytes / 100 * u64::from(facts.reserve_percent),
     })
 }
 
@@ -139,8 +143,8 @@ mod tests {
     fn a_pool_keeps_its_identity() {
         let directory = tempfile::tempdir().expect("directory");
         let dirs = PoolDirs { name: "local".parse().expect("name"), path: directory.path().to_owned() };
-        let first = open(dirs.clone(), false).expect("first");
-        assert_eq!(open(dirs.clone(), false).expect("second"), first);
+        let first = open(dirs.clone(), false, 10).expect("first");
+        assert_eq!(open(dirs.clone(), false, 10).expect("second"), first);
         assert_eq!(first.uuid.len(), 32);
         let mut left: Vec<_> =
             fs::read_dir(&dirs.path).expect("list").map(|entry| entry.expect("entry").file_name()).collect();
@@ -157,7 +161,7 @@ mod tests {
         fs::set_permissions(directory.path().join("closed"), fs::Permissions::from_mode(0o700))
             .expect("closed");
         let dirs = PoolDirs { name: "local".parse().expect("name"), path };
-        let error = open(dirs, true).expect_err("closed").to_string();
+        let error = open(dirs, true, 10).expect_err("closed").to_string();
         assert!(error.contains("/closed can't be entered"), "{error}");
     }
 }

@@ -20,6 +20,7 @@ use berth_api::join::JoinSecret;
 use berth_api::transport::TransportError;
 use berth_model::host::NetworkMode;
 use berth_model::name::Name;
+use berth_model::schedule::reserve::RESERVE_PERCENT;
 use berth_model::{HostId, Problem, ProblemCode};
 use clap::Args;
 
@@ -174,6 +175,7 @@ fn wanted_config(arguments: &Arguments) -> Result<AgentConfig, Failure> {
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         machine: berth_agent::config::MachineConfig::default(),
         network,
+        pool_reserve_percent: RESERVE_PERCENT,
         user_id_base: USER_ID_BASE,
         layers_max: LAYERS_MAX,
     })

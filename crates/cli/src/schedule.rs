@@ -7,6 +7,7 @@ use berth_api::manager::{
     ScheduleUpdate, ScheduledVm, UpdateSchedule,
 };
 use berth_model::name::Name;
+use berth_model::schedule::reserve::{PoolRoom, Room};
 use berth_model::schedule::{Cron, Keep, Outcome, Schedule, ScheduleRun, Tally, Zone};
 use berth_model::snapshot::SnapshotExtent;
 use berth_model::{Problem, ProblemCode, ScheduleId};
@@ -352,7 +353,23 @@ fn in_words(report: &ScheduleReport) -> String {
             or_nothing(last.and_then(|part| part.why.as_ref())),
         ]
     });
+    let facts = report.pools.iter().fold(facts, |facts, pool| {
+        facts.with(format!("pool {}/{}", pool.host, pool.pool), room_in_words(pool))
+    });
     format!("{}\n\n{}", facts.render(), table.render())
+}
+
+/// How far a pool is from its reserve.
+fn room_in_words(pool: &PoolRoom) -> String {
+    let (free, reserve) = (units::bytes(pool.free_bytes), units::bytes(pool.reserve_bytes));
+    let when = pool.reached_at.map_or_else(String::new, |at| format!(", at this pace until {}", instant(at)));
+    match pool.room {
+        Room::Below => {
+            format!("below: {} missing to {reserve} that have to stay free", units::bytes(pool.missing_bytes))
+        }
+        Room::Low => format!("low: {free} free, {reserve} of it in reserve{when}"),
+        Room::Ample => format!("{free} free, {reserve} of it in reserve{when}"),
+    }
 }
 
 #[cfg(test)]

@@ -1,18 +1,21 @@
 //! What a schedule is about, who answers for it, and what its rule keeps: what its runs and its routes have in common.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use berth_api::manager::{Segment, User};
 use berth_model::Timestamp;
 use berth_model::access::Action;
+use berth_model::host::Host;
+use berth_model::name::Name;
 use berth_model::operation::OperationKind;
+use berth_model::schedule::reserve::{self, PoolRoom, Room};
 use berth_model::schedule::retention::{self, Candidate, Verdict};
-use berth_model::schedule::{Keep, Schedule, Zone};
+use berth_model::schedule::{Keep, Part, Schedule, Zone};
 use berth_model::snapshot::Snapshot;
 use berth_model::verification::Verification;
 use berth_model::vm::Vm;
-use berth_model::{ScheduleId, UserId, VmId};
+use berth_model::{HostId, ScheduleId, UserId, VmId};
 
 use crate::auth::Principal;
 use crate::cluster::Cluster;
@@ -22,6 +25,9 @@ use crate::operations::OperationRow;
 use crate::policy::{Resource, ResourceKind};
 use crate::quota;
 use crate::records::Row;
+
+/// Over how many coming runs the pace of a schedule is taken.
+const PACE_RUNS: usize = 5;
 
 /// What people call a schedule: `segment/name`.
 pub fn full_name(cluster: &Cluster, schedule: &Schedule) -> String {
@@ -112,6 +118,50 @@ pub fn doomed(
     snapshots.into_iter().filter(|row| goes.contains(&row.value.id)).collect()
 }
 
+/// That a VM's pool has no room for schedules, in a sentence.
+pub fn below_reserve(host: &Host, vm: &Vm) -> Option<String> {
+    let pool = host.pool(&vm.spec.pool).filter(|pool| reserve::room(pool) == Room::Below)?;
+    Some(format!(
+        "pool {} of host {} is below its reserve: {} MiB are free, {} MiB have to stay free, {} MiB are missing",
+        pool.name,
+        host.name,
+        pool.free_bytes >> 20,
+        pool.reserve_bytes >> 20,
+        reserve::missing_bytes(pool) >> 20
+    ))
+}
+
+/// The pools that a schedule's VMs are in, each with how far it is from its reserve.
+pub fn pools(cluster: &Cluster, schedule: &Schedule, vms: &[Arc<Row<Vm>>], now: Timestamp) -> Vec<PoolRoom> {
+    let mut added: BTreeMap<(HostId, Name), u64> = BTreeMap::new();
+    for vm in vms {
+        let Some(host) = &vm.status.host else { continue };
+        let part = cluster.records.get::<Part>(&format!("{}/{}", schedule.id, vm.value.id));
+        let bytes = part.map_or(0, |part| part.stored_bytes.saturating_sub(part.freed_bytes));
+        *added.entry((host.clone(), vm.spec.pool.clone())).or_default() += bytes;
+    }
+    let pace = schedule.cron.next(&schedule.timezone, now, PACE_RUNS);
+    let every_ms = match (pace.first(), pace.last()) {
+        (Some(first), Some(last)) => last.millis_since(*first) / (PACE_RUNS as u64 - 1),
+        _ => u64::MAX,
+    };
+    let room = |((host, pool), added_bytes): ((HostId, Name), u64)| {
+        let host = cluster.records.get::<Host>(host.as_str())?;
+        let report = host.pool(&pool)?;
+        let reached_at = reserve::reached_at(report, added_bytes, every_ms, now);
+        Some(PoolRoom {
+            host: host.name.clone(),
+            pool,
+            room: reserve::room(report),
+            free_bytes: report.free_bytes,
+            reserve_bytes: report.reserve_bytes,
+            missing_bytes: reserve::missing_bytes(report),
+            reached_at: reached_at.filter(|_| !schedule.paused),
+        })
+    };
+    added.into_iter().filter_map(room).collect()
+}
+
 /// What other operations that go on are about, as texts in which a snapshot's id may stand. An operation on the VM itself
 /// has the VM's slot, and one that takes or deletes a snapshot of another VM needs none of this one.
 fn users_of_snapshots(cluster: &Cluster, vm: &VmId) -> Vec<String> {
@@ -123,4 +173,9 @@ fn users_of_snapshots(cluster: &Cluster, vm: &VmId) -> Vec<String> {
     };
     let rows = cluster.records.list_where::<OperationRow>(is_user);
     rows.iter().map(|row| format!("{} {}", row.request.0, row.record)).collect()
+}
+
+/// What a snapshot occupies by itself, in bytes.
+pub fn stored_by(snapshot: &Snapshot) -> u64 {
+    snapshot.facts.memory_stored_bytes.saturating_add(snapshot.facts.disk_stored_bytes)
 }

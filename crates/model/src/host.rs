@@ -43,6 +43,9 @@ pub struct PoolReport {
     pub size_bytes: u64,
     /// What is still free of it, in bytes.
     pub free_bytes: u64,
+    /// What has to stay free of it for schedules to go on, in bytes.
+    #[serde(default)]
+    pub reserve_bytes: u64,
 }
 
 /// How VMs get their network on this host.

@@ -105,6 +105,7 @@ mod tests {
             pool_uuid: "u".into(),
             size_bytes: 1,
             free_bytes: 1,
+            reserve_bytes: 0,
         };
         let qemu = QemuAbilities {
             version: "7.2".into(),

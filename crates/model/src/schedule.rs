@@ -9,6 +9,7 @@
 //! went, or while the schedule was paused, are not.
 
 pub mod cron;
+pub mod reserve;
 pub mod retention;
 
 use serde::{Deserialize, Serialize};
@@ -154,6 +155,12 @@ pub struct Part {
     /// How many older snapshots were deleted.
     #[serde(default)]
     pub deleted: u64,
+    /// What the new snapshot occupies, in bytes.
+    #[serde(default)]
+    pub stored_bytes: u64,
+    /// What the deleted ones occupied by themselves, in bytes.
+    #[serde(default)]
+    pub freed_bytes: u64,
     /// How many runs in a row it was not taken in, this one counted.
     #[serde(default)]
     pub in_a_row: u64,

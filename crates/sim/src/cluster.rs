@@ -364,6 +364,7 @@ impl SimCluster {
             qemu_img_binary: PathBuf::from("/nonexistent/qemu-img"),
             machine: berth_agent::config::MachineConfig::default(),
             network: NetworkConfig::default(),
+            pool_reserve_percent: 0,
             user_id_base: berth_agent::config::USER_ID_BASE,
             // What a layer here holds is no qcow2.
             layers_max: 0,

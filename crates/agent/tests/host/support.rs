@@ -107,6 +107,7 @@ pub fn config(root: &Path) -> AgentConfig {
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         machine: berth_agent::config::MachineConfig::default(),
         network: NetworkConfig::default(),
+        pool_reserve_percent: 0,
         user_id_base: 2_000_000,
         layers_max: berth_agent::config::LAYERS_MAX,
     }

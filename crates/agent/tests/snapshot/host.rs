@@ -99,6 +99,7 @@ impl TestHost {
             qemu_img_binary: "/usr/bin/qemu-img".into(),
             machine: MachineConfig::default(),
             network: NetworkConfig::default(),
+            pool_reserve_percent: 0,
             user_id_base: 2_000_000,
             layers_max: LAYERS_MAX,
         };

@@ -1,6 +1,7 @@
 //! Schedules, as they are asked for and shown.
 
 use berth_model::name::Name;
+use berth_model::schedule::reserve::PoolRoom;
 use berth_model::schedule::{Cron, Keep, Part, Schedule, Zone};
 use berth_model::snapshot::SnapshotExtent;
 use berth_model::{SnapshotId, Timestamp, VmId};
@@ -76,6 +77,9 @@ pub struct ScheduleReport {
     pub snapshots: u64,
     /// What these occupy, in bytes.
     pub stored_bytes: u64,
+    /// The pools that they are in.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pools: Vec<PoolRoom>,
     /// Why it can't do anything now, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<String>,

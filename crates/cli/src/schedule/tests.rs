@@ -1,6 +1,7 @@
 use super::*;
 use crate::fake::Fake;
 use berth_api::manager::Page;
+use berth_model::schedule::reserve::PoolRoom;
 use berth_model::schedule::{Part, ScheduleStatus};
 use berth_model::snapshot::SnapshotExtent;
 use berth_model::{SegmentId, SnapshotId, Timestamp, UserId, VmId};
@@ -37,6 +38,8 @@ fn report(schedule: Schedule) -> ScheduleReport {
         snapshot: None,
         operation: None,
         deleted: 0,
+        stored_bytes: 0,
+        freed_bytes: 0,
         in_a_row: 3,
     };
     ScheduleReport {
@@ -53,6 +56,15 @@ fn report(schedule: Schedule) -> ScheduleReport {
         snapshots: 8,
         stored_bytes: 24 << 20,
         held: None,
+        pools: vec![PoolRoom {
+            host: "h1".parse().expect("a name"),
+            pool: "default".parse().expect("a name"),
+            room: Room::Below,
+            free_bytes: 3 << 30,
+            reserve_bytes: 10 << 30,
+            missing_bytes: 7 << 30,
+            reached_at: None,
+        }],
         schedule,
     }
 }
@@ -99,6 +111,7 @@ async fn a_name_alone_is_enough_when_only_one_segment_has_it() {
     let said = fake.said();
     assert!(said.contains("failed (3 in a row)  pool default of host h1 is full"), "{said}");
     assert!(said.contains("8, 24 MiB"), "{said}");
+    assert!(said.contains("below: 7.0 GiB missing to 10 GiB"), "{said}");
     let several = run(&fake.session(), verb("berth schedule show nightly").expect("a line")).await;
     assert_eq!(several.expect_err("several").code(), 2);
     let none = run(&fake.session(), verb("berth schedule show monthly").expect("a line")).await;

@@ -15,6 +15,7 @@ use berth_api::manager::{CreateJoinToken, HostDelete, HostList, HostPath, JoinTo
 use berth_model::Timestamp;
 use berth_model::host::{Host, HostState, NetworkMode};
 use berth_model::name::Name;
+use berth_model::schedule::reserve::RESERVE_PERCENT;
 
 use super::directory::Directory;
 use super::record::{HostEntry, Mode, Record};
@@ -146,6 +147,7 @@ fn agent_config(directory: &Directory, record: &Record, host: &HostEntry) -> Res
         qemu_img_binary: program("BERTH_QEMU_IMG", "/usr/bin/qemu-img"),
         machine: berth_agent::config::MachineConfig::default(),
         network,
+        pool_reserve_percent: RESERVE_PERCENT,
         user_id_base: USER_ID_BASE,
         layers_max: LAYERS_MAX,
     })

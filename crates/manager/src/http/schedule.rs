@@ -18,7 +18,7 @@ use crate::door::target::{TheList, TheSchedule, ToSchedule, vm_resource};
 use crate::door::{Answer, Call, Ctx, Door};
 use crate::policy::Resource;
 use crate::records::{RecordsError, Transaction, UniqueName};
-use crate::schedules;
+use crate::schedules::{self, stored_by};
 
 /// How many coming runs are shown.
 const RUNS_SHOWN: usize = 5;
@@ -248,11 +248,8 @@ fn report(ctx: &Ctx, schedule: &Schedule) -> ScheduleReport {
         would_delete,
         snapshots,
         stored_bytes,
+        pools: schedules::pools(cluster, schedule, &vms, now),
         held,
         schedule: schedule.clone(),
     }
-}
-
-fn stored_by(snapshot: &Snapshot) -> u64 {
-    snapshot.facts.memory_stored_bytes.saturating_add(snapshot.facts.disk_stored_bytes)
 }

@@ -11,6 +11,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use berth_model::schedule::reserve::Room;
 use berth_model::schedule::{Due, Outcome, Part, Schedule, ScheduleRun, Tally};
 use berth_model::vm::Vm;
 use berth_model::{HostId, Problem, ScheduleId};
@@ -162,6 +163,7 @@ impl Keeper {
         let mut transaction = Transaction::new();
         transaction.put(part);
         cluster.records.commit(transaction).await?;
+        self.gate.metrics.known_good().schedule_part_over(part);
         let vm = cluster.records.get::<Vm>(part.vm.as_str()).map_or_else(String::new, |vm| vm.full_name());
         let result = if part.outcome == Outcome::Taken { OK } else { part.outcome.as_str() };
         cluster.did_by_itself("schedule", "snapshot.create", &format!("vm:{vm}"), result);
@@ -176,19 +178,39 @@ impl Keeper {
         let cluster = self.cluster();
         let (now, parts) = (cluster.clock.now(), parts_in(cluster, id, run));
         let tally = Tally::of(parts.iter().map(|part| &part.value));
+        let before = cluster.records.get::<Schedule>(id.as_str()).map_or(0, |row| row.status.missed);
         let finished = cluster.records.update::<Schedule, RecordsError>(id.as_str(), |schedule| {
             schedule.finish(run.due_at, tally, now);
             Ok(())
         });
         match finished.await {
             Ok(schedule) => {
+                let meanwhile = schedule.status.missed.saturating_sub(before);
+                self.gate.metrics.known_good().schedule_run_over(run.missed + meanwhile);
                 let label = format!("schedule:{}", schedules::full_name(cluster, &schedule));
                 let result = if tally.failed > 0 { Outcome::Failed.as_str() } else { OK };
                 cluster.did_by_itself("schedule", "schedule.run", &label, result);
+                self.warn_of_pools(&schedule);
                 Ok(())
             }
             Err(RecordsError::Missing { .. }) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Says which pools are near their reserve or below it.
+    fn warn_of_pools(&self, schedule: &Schedule) {
+        let cluster = self.cluster();
+        let vms = schedules::vms(cluster, schedule);
+        for pool in schedules::pools(cluster, schedule, &vms, cluster.clock.now()) {
+            let result = match pool.room {
+                Room::Ample => continue,
+                Room::Low => "low",
+                Room::Below => "below-reserve",
+            };
+            let label = format!("pool:{}/{}", pool.host, pool.pool);
+            tracing::warn!(pool = label, free_bytes = pool.free_bytes, result, "a pool is near its reserve");
+            cluster.did_by_itself("schedule", "pool.watch", &label, result);
         }
     }
 

@@ -112,6 +112,7 @@ struct State {
     faults: BTreeMap<SnapshotId, SnapshotFault>,
     guests_are: GuestState,
     lag: Duration,
+    pool_free_bytes: u64,
 }
 
 impl Net {
@@ -131,6 +132,7 @@ impl Net {
                 faults: BTreeMap::new(),
                 guests_are: GuestState::Booting,
                 lag: Duration::ZERO,
+                pool_free_bytes: 90 << 30,
             }),
             news: watch::Sender::new(1),
             reachable: watch::Sender::new(true),
@@ -255,6 +257,11 @@ impl FakeAgent {
         let faults = &mut self.lock().faults;
         faults.remove(snapshot);
         faults.extend(fault.map(|fault| (snapshot.clone(), fault)));
+    }
+
+    /// From now on so much of its pool, of which a tenth of a hundred GiB has to stay free, is free.
+    pub fn leave_free(&self, bytes: u64) {
+        self.lock().pool_free_bytes = bytes;
     }
 
     pub fn script(&self, script: MoveScript) {
@@ -672,6 +679,10 @@ impl FakeAgent {
     }
 
     fn inventory(&self) -> Inventory {
+        let (incarnation, free_bytes) = {
+            let state = self.lock();
+            (state.incarnation, state.pool_free_bytes)
+        };
         Inventory {
             hostname: self.id.to_string(),
             cpus: 2,
@@ -690,13 +701,14 @@ impl FakeAgent {
                 name: default_pool(),
                 pool_uuid: self.pool_uuid.clone(),
                 size_bytes: 100 << 30,
-                free_bytes: 90 << 30,
+                free_bytes,
+                reserve_bytes: 10 << 30,
             }],
             network: NetworkMode::User,
             uefi: true,
             tpm: true,
             isolated_users: false,
-            agent_version: self.lock().incarnation.to_string(),
+            agent_version: incarnation.to_string(),
         }
     }
 

@@ -9,7 +9,9 @@ use berth_manager::Manager;
 use berth_manager::cluster::Cluster;
 use berth_manager::operations::{Filter, OperationRequest};
 use berth_manager::records::{Transaction, UniqueName};
-use berth_model::schedule::{Outcome, Part, Schedule, ScheduleStatus, Tally, Zone};
+use berth_manager::schedules;
+use berth_model::schedule::reserve::Room;
+use berth_model::schedule::{Keep, Outcome, Part, Schedule, ScheduleStatus, Tally, Zone};
 use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
 use berth_model::{GrantId, ScheduleId, SegmentId, Timestamp, UserId, VmId};
 
@@ -240,6 +242,41 @@ async fn a_quota_that_is_reached_fails_the_run_and_says_so() {
     assert_eq!((part.outcome, stage.due(&vms[0]).len()), (Outcome::Failed, 2));
     let why = part.why.unwrap_or_default();
     assert!(why.contains("segment default may have 2 snapshots, has 2"), "{why}");
+    stage.manager.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pool_below_its_reserve_gets_no_more_of_them_and_what_is_not_kept_still_goes() {
+    let (stage, vms) = Stage::new(1, "0 * * * *", "last=2").await;
+    stage.runs(3).await;
+    let vm = &vms[0];
+    let room = || {
+        let rows = schedules::vms(stage.cluster(), &stage.schedule());
+        let rooms = schedules::pools(stage.cluster(), &stage.schedule(), &rows, stage.cluster().clock.now());
+        (rooms[0].room, rooms[0].missing_bytes)
+    };
+    assert_eq!(room(), (Room::Ample, 0));
+    stage.world.agent(0).leave_free(15 << 30);
+    stage.runs(4).await;
+    assert_eq!((room(), stage.part(vm).outcome), ((Room::Low, 0), Outcome::Taken));
+    // Two are kept now; the rule then says one.
+    stage.world.agent(0).leave_free(9 << 30);
+    let keep = serde_json::from_value(serde_json::json!({"last": 1})).expect("a rule");
+    let changed =
+        stage.cluster().records.update::<Schedule, berth_model::Problem>(stage.schedule.as_str(), |row| {
+            row.keep = Keep::clone(&keep);
+            Ok(())
+        });
+    changed.await.expect("changed");
+    stage.runs(5).await;
+    let part = stage.part(vm);
+    assert_eq!((part.outcome, part.deleted, stage.due(vm).len()), (Outcome::Failed, 1, 1));
+    let why = part.why.unwrap_or_default();
+    assert!(why.contains("below its reserve") && why.contains("1024 MiB are missing"), "{why}");
+    assert_eq!(room(), (Room::Below, 1 << 30));
+    stage.world.agent(0).leave_free(90 << 30);
+    stage.runs(6).await;
+    assert_eq!(stage.part(vm).outcome, Outcome::Taken, "there is room again");
     stage.manager.shutdown().await;
 }
 

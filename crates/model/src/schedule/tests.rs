@@ -99,6 +99,8 @@ fn a_tally_is_the_sum_of_the_parts() {
         snapshot: None,
         operation: None,
         deleted,
+        stored_bytes: 0,
+        freed_bytes: 0,
         in_a_row: 0,
     };
     let parts = [

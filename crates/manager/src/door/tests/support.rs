@@ -336,6 +336,7 @@ pub fn sample_host(number: u8) -> Host {
                 pool_uuid: format!("uuid-{number}"),
                 size_bytes: 100 << 30,
                 free_bytes: (50 << 30) - u64::from(number),
+                reserve_bytes: 0,
             }],
             network: NetworkMode::User,
             uefi: true,

@@ -14,7 +14,7 @@ use super::{Keeper, last_part};
 use crate::door::target::vm_resource;
 use crate::operations::{Begin, OperationRequest};
 use crate::records::{Row, UniqueName};
-use crate::schedules;
+use crate::schedules::{self, stored_by};
 use crate::workflow::vm::reachable_host;
 
 /// How often a VM that is being changed is looked at again, and how many times (ten minutes in all). Shorter: a long
@@ -46,6 +46,15 @@ enum Tried {
 /// The records that a turn is about, as they are now.
 type Rows = (Arc<Row<Schedule>>, Arc<Row<Vm>>);
 
+/// What came of pruning.
+#[derive(Default)]
+struct Pruned {
+    deleted: u64,
+    freed_bytes: u64,
+    /// Why something was left that should have gone.
+    left: Option<String>,
+}
+
 impl Turn {
     pub(super) fn new(keeper: &Arc<Keeper>, schedule: &ScheduleId, run: &ScheduleRun, vm: &VmId) -> Self {
         Self { keeper: Arc::clone(keeper), schedule: schedule.clone(), run: run.clone(), vm: vm.clone() }
@@ -59,9 +68,12 @@ impl Turn {
             Tried::Failed(why, operation) => (Outcome::Failed, None, Some(why), operation),
             Tried::Gone => return Ok(None),
         };
-        let (deleted, left) = self.prune().await?;
+        let Pruned { deleted, freed_bytes, left } = self.prune().await?;
         let cluster = self.keeper.cluster();
         let Some((_, vm)) = self.rows() else { return Ok(None) };
+        let taken =
+            snapshot.as_ref().and_then(|id| cluster.records.find_snapshot(&self.vm, id.as_str()).ok());
+        let stored_bytes = taken.map_or(0, |snapshot| stored_by(&snapshot));
         let before = last_part(cluster, &self.schedule, &vm).map_or(0, |part| part.in_a_row);
         Ok(Some(Part {
             schedule: self.schedule,
@@ -73,6 +85,8 @@ impl Turn {
             snapshot,
             operation,
             deleted,
+            stored_bytes,
+            freed_bytes,
             in_a_row: if outcome == Outcome::Taken { 0 } else { before + 1 },
         }))
     }
@@ -120,6 +134,9 @@ impl Turn {
             Err(problem) => return Ok(Tried::Skipped(problem.message)),
         };
         if let Err(why) = self.owner_may(&schedule, &vm, Action::SnapshotCreate) {
+            return Ok(Tried::Failed(why, None));
+        }
+        if let Some(why) = schedules::below_reserve(&host, &vm) {
             return Ok(Tried::Failed(why, None));
         }
         let _place = self.keeper.place_on(&host.value.id).await?;
@@ -177,30 +194,36 @@ impl Turn {
     }
 
     /// Deletes what the rule keeps no longer: how many, and why others are left.
-    async fn prune(&self) -> Result<(u64, Option<String>), Problem> {
+    async fn prune(&self) -> Result<Pruned, Problem> {
         let cluster = self.keeper.cluster();
-        let (mut deleted, mut left) = (0, None);
+        let mut pruned = Pruned::default();
         self.let_deletion_end().await?;
-        let Some((schedule, vm)) = self.rows() else { return Ok((deleted, left)) };
+        let Some((schedule, vm)) = self.rows() else { return Ok(pruned) };
         let rule = (&self.schedule, &schedule.keep, &schedule.timezone);
         let doomed = schedules::doomed(cluster, rule, &vm, cluster.clock.now());
         if doomed.is_empty() || schedule.paused {
-            return Ok((deleted, left));
+            return Ok(pruned);
         }
         if let Err(why) = self.owner_may(&schedule, &vm, Action::SnapshotDelete) {
-            return Ok((deleted, Some(why)));
+            pruned.left = Some(why);
+            return Ok(pruned);
         }
-        let Ok(host) = reachable_host(cluster, &vm) else { return Ok((deleted, left)) };
+        let Ok(host) = reachable_host(cluster, &vm) else { return Ok(pruned) };
         let _place = self.keeper.place_on(&host.value.id).await?;
         let actor = format!("schedule:{}", schedules::full_name(cluster, &schedule));
         for snapshot in doomed {
             match self.delete(&actor, &snapshot.value.id).await? {
-                Ok(()) => deleted += 1,
+                Ok(()) => {
+                    pruned.deleted += 1;
+                    pruned.freed_bytes += stored_by(&snapshot);
+                }
                 // In the next run again.
-                Err(problem) => left = Some(format!("{} could not be deleted: {problem}", snapshot.name)),
+                Err(problem) => {
+                    pruned.left = Some(format!("{} could not be deleted: {problem}", snapshot.name))
+                }
             }
         }
-        Ok((deleted, left))
+        Ok(pruned)
     }
 
     /// A manager that died while it pruned has left a deletion that goes on now, and that would be in the way of the others.
