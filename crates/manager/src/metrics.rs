@@ -18,8 +18,15 @@ use prometheus_client::registry::Registry;
 
 use crate::records::Records;
 
+mod known_good;
+
+pub use known_good::KnownGood;
+
 /// The content type of the text that [`Metrics::text`] gives.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// From what a guest does not notice to what its users complain about, in seconds.
+const INSTANTS_S: [f64; 11] = [0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.3, 0.6, 1.0, 3.0];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StateLabel {
@@ -56,8 +63,7 @@ pub struct Metrics {
     operations: Family<OperationLabels, Counter>,
     durations: Family<KindLabel, Histogram>,
     blackouts: Histogram,
-    pauses: Histogram,
-    restores: Histogram,
+    known_good: KnownGood,
     requests: Family<RequestLabels, Counter<u64, AtomicU64>>,
     policy_failures: Counter,
     forward_lags: Family<DestinationLabel, Gauge>,
@@ -74,8 +80,6 @@ impl Metrics {
     /// With nothing counted yet.
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("berth");
-        // From what a guest does not notice to what its users complain about.
-        let instants = || Histogram::new([0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.3, 0.6, 1.0, 3.0]);
         let metrics = Self {
             vms: Family::default(),
             hosts: Family::default(),
@@ -83,9 +87,8 @@ impl Metrics {
             durations: Family::new_with_constructor(|| {
                 Histogram::new([0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0])
             }),
-            blackouts: instants(),
-            pauses: instants(),
-            restores: instants(),
+            blackouts: Histogram::new(INSTANTS_S),
+            known_good: KnownGood::new(),
             requests: Family::default(),
             policy_failures: Counter::default(),
             forward_lags: Family::default(),
@@ -106,16 +109,6 @@ impl Metrics {
             metrics.blackouts.clone(),
         );
         registry.register(
-            "snapshot_paused_seconds",
-            "Time in which a guest did not run while a snapshot was taken",
-            metrics.pauses.clone(),
-        );
-        registry.register(
-            "restore_running_seconds",
-            "From the command to restore to the guest running",
-            metrics.restores.clone(),
-        );
-        registry.register(
             "policy_failures",
             "Access decisions that failed and were taken as denials: a written policy is wrong",
             metrics.policy_failures.clone(),
@@ -131,6 +124,7 @@ impl Metrics {
             "Times that a destination did not take audit records",
             metrics.forward_failures.clone(),
         );
+        metrics.known_good.register(&mut registry);
         Self { registry, ..metrics }
     }
 
@@ -169,21 +163,14 @@ impl Metrics {
             Some(OperationResult::Migration { report }) => {
                 self.blackouts.observe(seconds_of_micros(report.blackout_us));
             }
-            Some(OperationResult::Snapshot { facts, .. }) if facts.has_memory => {
-                self.pauses.observe(seconds_of_micros(facts.paused_us));
-            }
-            Some(OperationResult::Restore { facts, .. }) => {
-                self.restores.observe(seconds_of_micros(facts.running_us));
-            }
-            Some(
-                OperationResult::Snapshot { .. }
-                | OperationResult::SnapshotDeleted { .. }
-                | OperationResult::Clone { .. }
-                | OperationResult::Verification { .. }
-                | OperationResult::Done,
-            )
-            | None => {}
+            Some(result) => self.known_good.operation_over(result),
+            None => {}
         }
+    }
+
+    /// What is counted of snapshots and schedules.
+    pub const fn known_good(&self) -> &KnownGood {
+        &self.known_good
     }
 
     /// The text, with VMs and hosts as they are now.
@@ -197,6 +184,7 @@ impl Metrics {
             let count = hosts.iter().filter(|host| host.state == state).count();
             self.hosts.get_or_create(&StateLabel { state: name }).set(gauge(count));
         }
+        self.known_good.count(records);
         self.registry_text()
     }
 
@@ -222,6 +210,7 @@ impl Metrics {
                 drop(self.operations.get_or_create(&labels));
             }
         }
+        self.known_good.make_all_kinds();
         self
     }
 }
@@ -236,4 +225,37 @@ fn seconds_of_millis(millis: u64) -> f64 {
 
 fn seconds_of_micros(micros: u64) -> f64 {
     std::time::Duration::from_micros(micros).as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The names of the document's lines under a heading.
+    fn documented(heading: &str) -> BTreeSet<String> {
+        let document = include_str!("../../../docs/metrics.md");
+        let part = document.split("\n## ").find(|part| part.starts_with(heading)).expect("the heading");
+        let lines = part.lines().filter_map(|line| line.strip_prefix("| `berth_"));
+        lines.filter_map(|line| line.split('`').next()).map(|name| format!("berth_{name}")).collect()
+    }
+
+    #[test]
+    fn every_metric_is_in_the_document_and_no_other() {
+        let metrics = Metrics::new().with_all_kinds();
+        metrics.answered("X", 200);
+        metrics.audit_not_forwarded("x", 1);
+        for gauges in [&metrics.vms, &metrics.hosts] {
+            drop(gauges.get_or_create(&StateLabel { state: "x" }));
+        }
+        let text = metrics.registry_text();
+        let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let there: BTreeSet<String> = names
+            .filter_map(|line| line.split_once(' '))
+            .map(|(name, kind)| if kind == "counter" { format!("{name}_total") } else { name.to_owned() })
+            .collect();
+        assert!(there.len() > 15, "{text}");
+        assert_eq!(there, documented("The manager"));
+    }
 }
