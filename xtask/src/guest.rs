@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 mod cpio;
 mod elf;
 mod modules;
-mod packages;
+pub mod packages;
 mod system;
 
 /// How the guest's kernel is started: a console, no tests of its own ciphers and no measures against attacks
@@ -182,7 +182,8 @@ fn copy(cache: &Path, directory: &Path) -> Result<()> {
 }
 
 /// Runs a command and returns what it prints.
-fn output(command: &mut Command) -> Result<Vec<u8>> {
+/// What a program wrote; that it failed is an error, with its words.
+pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().with_context(|| format!("{name} can't be started"))?;
     if !output.status.success() {

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod demo;
 mod guest;
+mod qemu;
 mod tidy;
 
 /// The project's own chores.
@@ -21,6 +22,8 @@ struct Arguments {
 enum Chore {
     /// Make the test guest from distribution packages, or find it made already.
     Guest(guest::Arguments),
+    /// Find a QEMU of release 10 for the tests that need one, or fetch it; the system's stays as it is.
+    Qemu,
     /// Show the main job with its figures.
     Demo(demo::Arguments),
     /// Take figures, beside the bars and the peers.
@@ -34,6 +37,7 @@ enum Chore {
 fn main() -> Result<()> {
     match Arguments::parse().chore {
         Chore::Guest(arguments) => guest::run(&arguments),
+        Chore::Qemu => qemu::run(),
         Chore::Demo(arguments) => demo::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Check(arguments) => check::run(&arguments),

@@ -88,9 +88,13 @@ pub fn memory_bytes(memory_mib: u64, accelerator: Accelerator, machine_type: &st
 
 /// Whether a machine type is of a release that watches a translated guest's writes rightly; no, if its name is unknown.
 fn only_in_right_qemu(machine_type: &str) -> bool {
-    let version = ["pc-q35-", "pc-i440fx-"].iter().find_map(|family| machine_type.strip_prefix(family));
-    let major = version.and_then(|version| version.split_once('.')?.0.parse::<u32>().ok());
-    major.is_some_and(|major| major >= RIGHT_SINCE_MACHINE)
+    release_of_machine(machine_type).is_some_and(|major| major >= RIGHT_SINCE_MACHINE)
+}
+
+/// The (major) release of QEMU that a machine type is of: no older one has it. None if its name is unknown.
+pub fn release_of_machine(machine_type: &str) -> Option<u32> {
+    let version = ["pc-q35-", "pc-i440fx-"].iter().find_map(|family| machine_type.strip_prefix(family))?;
+    version.split_once('.')?.0.parse().ok()
 }
 
 /// Everything that a command line is made from.

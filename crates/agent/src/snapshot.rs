@@ -56,7 +56,7 @@ pub use ready::{Warm, drop_ready, drop_unwanted, make_ready};
 pub use restore::{Target, restore};
 
 use archive::{ArchiveError, Draft, Manifest, MemoryManifest, SnapshotFiles};
-use capture::{Capture, CaptureFailure};
+use capture::{Capture, CaptureFailure, Ways};
 use slowdown::CpuTime;
 
 impl From<ArchiveError> for Problem {
@@ -241,6 +241,28 @@ async fn take_of_machine(
     started: Instant,
 ) -> Result<SnapshotFacts, Problem> {
     undo_half_done(vm, new_top).await?;
+    let status = vm.qmp()?.call(QueryStatus {}).await.map_err(layers::refused)?;
+    let mut ways = Ways::of(vm, status.running).await;
+    loop {
+        match take_one_way(vm, context, snapshot, new_top, (&ways, started)).await {
+            Ok(facts) => return Ok(facts),
+            Err(problem) => {
+                let way = ways.next();
+                let Some(left) = ways.after(&problem) else { return Err(problem) };
+                tracing::warn!(vm = %vm.id(), ?way, %problem, "a snapshot is taken another way");
+                ways = left;
+            }
+        }
+    }
+}
+
+async fn take_one_way(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    snapshot: &SnapshotId,
+    new_top: &LayerId,
+    (ways, started): (&Ways, Instant),
+) -> Result<SnapshotFacts, Problem> {
     let (frozen, memory_bytes) = split_chain(vm, new_top)?;
     let old_top = last(&frozen)?.clone();
     let status = vm.qmp()?.call(QueryStatus {}).await.map_err(layers::refused)?;
@@ -264,6 +286,8 @@ async fn take_of_machine(
                     new_top,
                     nvram: keeping(vm, &draft)?,
                     was_running: status.running,
+                    way: ways.next(),
+                    slow_guest_down: !ways.has_other(),
                     cpu_before: before,
                 };
                 take_anew(&capture, vm.dirs()?, &frozen, context).await
@@ -330,7 +354,7 @@ async fn take_anew(
     context.phase("writing");
     let (paused_us, rounds) = (captured.paused_us, captured.rounds);
     let guest_slowdown_percent = captured.guest_slowdown_percent;
-    let (files, was_running) = (capture.files.clone(), capture.was_running);
+    let (files, was_running, way) = (capture.files.clone(), capture.was_running, capture.way);
     let written = blocking(move || {
         let image = image::complete(captured.collected, &files, linked.as_ref(), base::SENT_BYTES_MAX)?;
         let manifest = MemoryManifest {
@@ -347,6 +371,7 @@ async fn take_anew(
             memory_stored_bytes: image.own_bytes,
             memory_shared_bytes: image.shared_bytes,
             rounds,
+            way: Some(way),
             guest_slowdown_percent,
             ..SnapshotFacts::default()
         };
@@ -377,6 +402,7 @@ async fn take_again(
         paused_us: 0,
         total_ms: 0,
         rounds: 0,
+        way: None,
         guest_slowdown_percent: None,
         memory_stored_bytes: 0,
         memory_shared_bytes: earlier.facts.memory_stored_bytes + earlier.facts.memory_shared_bytes,

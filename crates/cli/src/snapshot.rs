@@ -14,7 +14,8 @@ use berth_model::SnapshotId;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationResult};
 use berth_model::snapshot::{
-    ClockSetting, CloneFacts, DeletionFacts, RestoreFacts, Snapshot, SnapshotExtent, SnapshotFacts,
+    CaptureWay, ClockSetting, CloneFacts, DeletionFacts, RestoreFacts, Snapshot, SnapshotExtent,
+    SnapshotFacts,
 };
 use clap::{Args, Subcommand};
 
@@ -372,6 +373,13 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with("guest paused", units::micros(captured.paused_us))
         .with_some("guest slower by", captured.guest_slowdown_percent.map(|percent| format!("{percent} %")))
         .with("took", units::millis(captured.total_ms))
-        .with("rounds", captured.rounds)
+        .with_some("memory taken", captured.way.map(|way| taken(way, captured.rounds)))
         .with("layers", captured.layers.len())
+}
+
+fn taken(way: CaptureWay, rounds: u64) -> String {
+    match way {
+        CaptureWay::PreCopy => format!("in {rounds} passes"),
+        CaptureWay::Background => "in the background".to_owned(),
+    }
 }

@@ -37,6 +37,17 @@ pub enum SnapshotExtent {
     Filesystem,
 }
 
+/// How the memory of a running guest is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptureWay {
+    /// While it runs, in passes over what it has written since; it is stopped for the last of it.
+    #[default]
+    PreCopy,
+    /// As it was when it was stopped for a moment; what it is about to write to is taken first.
+    Background,
+}
+
 /// How long an undo snapshot is kept, in milliseconds (24 h). Too short: a wrong restore noticed the next morning is
 /// final. Too long: each restore costs the disk a memory image for longer.
 pub const UNDO_KEPT_MS: u64 = 24 * 3600 * 1000;
@@ -99,6 +110,9 @@ pub struct SnapshotFacts {
     pub disk_stored_bytes: u64,
     /// Passes over memory that were needed.
     pub rounds: u64,
+    /// How memory was taken. None: it was not, or an earlier snapshot had it all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub way: Option<CaptureWay>,
     /// The guest's file systems were flushed and frozen for the instant.
     #[serde(default)]
     pub quiesced: bool,

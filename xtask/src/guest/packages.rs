@@ -22,6 +22,9 @@ const PROGRAMS: [&str; 1] = ["busybox-static"];
 /// The package whose libraries are needed too.
 const AGENT: &str = "qemu-guest-agent";
 
+/// Debian 12's name.
+const DEBIAN_12: &str = "bookworm";
+
 /// Unpacked packages.
 #[derive(Debug)]
 pub struct Unpacked {
@@ -33,7 +36,7 @@ pub struct Unpacked {
 
 /// Which lists apt works with.
 #[derive(Debug, Clone)]
-struct Apt {
+pub struct Apt {
     options: Vec<String>,
 }
 
@@ -79,23 +82,45 @@ fn download(apt: &Apt, cache: &Path) -> Result<Unpacked> {
 impl Apt {
     /// Fresh lists from this machine's sources, kept in the cache.
     fn private(cache: &Path) -> Result<Self> {
+        Self::updated(cache, Vec::new())
+    }
+
+    /// Fresh lists of the backports to this machine's release, from where its packages come; none, if it is not one that
+    /// has backports there.
+    pub fn of_backports(cache: &Path) -> Result<Option<Self>> {
+        let asked =
+            ["indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)", "Created-By: Packages"];
+        let targets = output(Command::new("apt-get").args(asked))?;
+        let targets = String::from_utf8_lossy(&targets).into_owned();
+        let Some(place) = targets.lines().find_map(main_of_debian_12) else { return Ok(None) };
+        let list = cache.join("backports.list");
+        fs::write(&list, format!("deb {place} {DEBIAN_12}-backports main\n"))?;
+        let options = vec![
+            format!("Dir::Etc::sourcelist={}", list.display()),
+            "Dir::Etc::sourceparts=/dev/null".to_owned(),
+        ];
+        Ok(Some(Self::updated(cache, options)?))
+    }
+
+    fn updated(cache: &Path, more: Vec<String>) -> Result<Self> {
         let (state, store) = (cache.join("apt/state"), cache.join("apt/cache"));
         fs::create_dir_all(state.join("lists/partial"))?;
         fs::create_dir_all(store.join("archives/partial"))?;
         let status = Path::new("/var/lib/dpkg/status");
-        let apt = Self {
-            options: vec![
-                "APT::Sandbox::User=root".into(),
-                format!("Dir::State={}", state.display()),
-                format!("Dir::State::status={}", status.display()),
-                format!("Dir::Cache={}", store.display()),
-            ],
-        };
+        let mut options = vec![
+            "APT::Sandbox::User=root".into(),
+            format!("Dir::State={}", state.display()),
+            format!("Dir::State::status={}", status.display()),
+            format!("Dir::Cache={}", store.display()),
+        ];
+        options.extend(more);
+        let apt = Self { options };
         output(apt.command("apt-get").arg("update"))?;
         Ok(apt)
     }
 
-    fn command(&self, program: &str) -> Command {
+    /// A program of apt's, told of the lists.
+    pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LC_ALL", "C.UTF-8");
         for option in &self.options {
@@ -143,6 +168,12 @@ impl Apt {
     }
 }
 
+/// Where the main packages of Debian 12 come from, if a line of apt's says so.
+fn main_of_debian_12(line: &str) -> Option<&str> {
+    let (place, release) = line.split_once(' ')?;
+    (release.strip_prefix(DEBIAN_12)? == " main").then_some(place)
+}
+
 /// Names that stand at the beginning of a line; others are dependencies, which are listed again as packages, and
 /// names in angle brackets, which no package has.
 fn package_names(text: &str) -> BTreeSet<String> {
@@ -184,6 +215,17 @@ mod tests {
             "qemu-guest-agent\n  Depends: libc6\n |Depends: <awk>\n    mawk\nlibc6\n<awk>\nlibc6:i386\n";
         let names: Vec<String> = package_names(text).into_iter().collect();
         assert_eq!(names, ["libc6", "qemu-guest-agent"]);
+    }
+
+    #[test]
+    fn only_debian_12_is_asked_for_backports() {
+        let found = main_of_debian_12("http://mirror/debian/ bookworm main");
+        assert_eq!(found, Some("http://mirror/debian/"));
+        for other in
+            ["http://mirror/debian/ bookworm-updates main", "http://mirror/ubuntu noble main", "", "x"]
+        {
+            assert_eq!(main_of_debian_12(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -93,6 +93,12 @@ impl From<OutgoingError> for Problem {
     }
 }
 
+/// How many of the longest pauses must be left for a guest to be called too fast at once. Fewer: one that would be caught a
+/// little later is given up. More: one that never is costs its host seconds of sending.
+const HOPELESS_PAUSES: u64 = 4;
+/// How much of what is sent must have been rewritten meanwhile for that, in percent. At 80, sixteen passes make 600 MiB small enough.
+const HOPELESS_PERCENT: u64 = 80;
+
 /// How to send.
 #[derive(Debug, Clone, Copy)]
 pub struct Sending {
@@ -102,7 +108,7 @@ pub struct Sending {
     pub bandwidth_bytes_per_second: Option<u64>,
     /// The reader answers: QEMU is done only when the reader says that it has everything.
     pub return_path: bool,
-    /// Slow the guest down when it will not converge otherwise.
+    /// Slow the guest down when it will not converge otherwise; if not, it is given up then.
     pub slow_guest_down: bool,
     /// How long QEMU may take for the last part, guest stopped. It is megabytes: longer means that the other end hangs,
     /// and the guest stands still for as long.
@@ -126,11 +132,27 @@ pub struct Passage {
     pub bytes_per_second: u64,
 }
 
+impl Passage {
+    /// Whether passes will not catch the guest, or not soon, if it may be paused for so long at most: it rewrites memory
+    /// nearly as fast as that is sent, and far more is left than fits into the pause. (Never faster, as QEMU counts it: a
+    /// page that is rewritten twice in a pass counts once.) The first two passes don't tell: one is all of
+    /// memory, the other what was rewritten meanwhile.
+    fn is_hopeless(&self, pause_ms_max: u64) -> bool {
+        let fits_bytes = self.bytes_per_second.saturating_mul(pause_ms_max) / 1000;
+        self.pass > 2
+            && self.bytes_per_second > 0
+            && self.dirty_bytes_per_second / HOPELESS_PERCENT >= self.bytes_per_second / 100
+            && self.left_bytes > fits_bytes.saturating_mul(HOPELESS_PAUSES)
+    }
+}
+
 /// A migration that QEMU is sending.
 pub struct Outgoing {
     qmp: Qmp,
     events: Events,
     convergence: Convergence,
+    slow_guest_down: bool,
+    max_ms: u64,
     finish_timeout: Duration,
     started: Instant,
     pass: u64,
@@ -166,6 +188,8 @@ impl Outgoing {
             qmp: qmp.clone(),
             events,
             convergence: Convergence::new(sending.budget),
+            slow_guest_down: sending.slow_guest_down,
+            max_ms: sending.budget.max_ms,
             finish_timeout: sending.finish_timeout,
             started: Instant::now(),
             pass: 0,
@@ -327,6 +351,10 @@ impl Outgoing {
 
     async fn look(&mut self) -> Result<Passage, OutgoingError> {
         let info = self.qmp.call(QueryMigrate {}).await?;
+        let passage = passage(&info, self.pass);
+        if !self.slow_guest_down && passage.is_hopeless(self.max_ms) {
+            return Err(OutgoingError::TooFast { passes: self.pass, limit_ms: self.max_ms });
+        }
         match self.convergence.look(self.pass, self.started.elapsed()) {
             Advice::Wait => {}
             Advice::Raise(limit_ms) => {
@@ -337,31 +365,39 @@ impl Outgoing {
                 };
                 self.qmp.call(parameters).await?;
             }
-            Advice::SlowDown(percent) => {
+            Advice::SlowDown(percent) if self.slow_guest_down => {
                 tracing::debug!(percent, pass = self.pass, "the guest is too busy: slowing it down");
                 set_throttle(&self.qmp, percent).await?;
             }
-            Advice::GiveUp => {
+            Advice::SlowDown(_) | Advice::GiveUp => {
                 let limit_ms = self.convergence.limit_ms();
                 return Err(OutgoingError::TooFast { passes: self.pass, limit_ms });
             }
         }
-        Ok(passage(&info, self.pass))
+        Ok(passage)
     }
 
     async fn check(&self, status: &MigrationStatus) -> Result<(), OutgoingError> {
-        match status {
-            MigrationStatus::Failed | MigrationStatus::Cancelled => {
-                let info = self.qmp.call(QueryMigrate {}).await?;
-                let reason = info.error_desc.unwrap_or_else(|| "the other end stopped reading".into());
-                Err(OutgoingError::Failed { reason })
-            }
-            _ => Ok(()),
-        }
+        check(&self.qmp, status).await
     }
 
     async fn gone(&self) -> OutgoingError {
         OutgoingError::Qmp(QmpError::from(self.qmp.closed().await))
+    }
+}
+
+/// Whether a migration of this status is still one.
+///
+/// # Errors
+/// When it has come to nothing, with QEMU's reason.
+pub async fn check(qmp: &Qmp, status: &MigrationStatus) -> Result<(), OutgoingError> {
+    match status {
+        MigrationStatus::Failed | MigrationStatus::Cancelled => {
+            let info = qmp.call(QueryMigrate {}).await?;
+            let reason = info.error_desc.unwrap_or_else(|| "the other end stopped reading".into());
+            Err(OutgoingError::Failed { reason })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -467,7 +503,8 @@ pub async fn settle(qmp: &Qmp, shall_run: bool) -> Result<(), OutgoingError> {
     }
 }
 
-fn passage(info: &MigrationInfo, pass: u64) -> Passage {
+/// What QEMU says of how it goes.
+pub fn passage(info: &MigrationInfo, pass: u64) -> Passage {
     let ram = info.ram.unwrap_or_default();
     let page_bytes = if ram.page_size_bytes == 0 { 4096 } else { ram.page_size_bytes };
     Passage {
@@ -477,5 +514,31 @@ fn passage(info: &MigrationInfo, pass: u64) -> Passage {
         total_bytes: ram.total_bytes,
         dirty_bytes_per_second: ram.dirty_pages_per_second.saturating_mul(page_bytes),
         bytes_per_second: (ram.mbps.max(0.0) * 125_000.0) as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_too_fast_when_what_is_left_is_much_and_grows_back_as_fast_as_it_is_sent() {
+        const MIB: u64 = 1 << 20;
+        let busy = Passage {
+            pass: 3,
+            left_bytes: 300 * MIB,
+            dirty_bytes_per_second: 600 * MIB,
+            bytes_per_second: 600 * MIB,
+            ..Passage::default()
+        };
+        assert!(busy.is_hopeless(28));
+        for (why, other) in [
+            ("too early to tell", Passage { pass: 2, ..busy }),
+            ("it shrinks", Passage { dirty_bytes_per_second: 400 * MIB, ..busy }),
+            ("it will fit", Passage { left_bytes: 60 * MIB, ..busy }),
+            ("nothing is known", Passage { pass: 3, left_bytes: MIB, ..Passage::default() }),
+        ] {
+            assert!(!other.is_hopeless(28), "{why}");
+        }
     }
 }

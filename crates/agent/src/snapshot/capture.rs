@@ -8,6 +8,9 @@
 //! RESUME       the guest goes on, on the new layer
 //! ```
 //!
+//! A guest that writes faster than this takes its memory is taken in the [`background`] where that can be done: stopped once,
+//! and copied from then on. Which ways there are is said by [`Ways`].
+//!
 //! A guest that does not run (held, or panicked) is taken the same way, but QEMU must not come to believe that it is gone:
 //! a machine that was sent away while paused can't be sent again and has let go of its disks. So the reader says
 //! nothing at the end and hangs up: QEMU takes that for a failure, and keeps its disks.
@@ -17,9 +20,11 @@ use std::time::Duration;
 
 use berth_model::LayerId;
 use berth_model::operation::Progress;
+use berth_model::snapshot::CaptureWay;
 use berth_model::{Problem, ProblemCode};
 use berth_qmp::Qmp;
 use berth_stream::Base;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::archive::SnapshotFiles;
@@ -29,9 +34,16 @@ use super::memory::{CollectError, Collected, collect};
 use super::slowdown::{self, CpuTime};
 use crate::durable::with_causes;
 use crate::migration::convergence::PauseBudget;
-use crate::migration::outgoing::{Outgoing, Passage, Sending};
+use crate::migration::outgoing::{Outgoing, Passage, Sending, settle};
 use crate::nvram::Keeping;
 use crate::task::TaskContext;
+
+pub mod background;
+mod ways;
+
+pub use ways::Ways;
+
+use background::Background;
 
 /// How often what the guest has written is brought to the disk.
 const FLUSH_EVERY: Duration = Duration::from_millis(150);
@@ -39,6 +51,9 @@ const FLUSH_EVERY: Duration = Duration::from_millis(150);
 const FINISH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the collector may take for what QEMU has sent, after QEMU says that it has sent everything.
 const COLLECT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a task's progress calls a capture in the background; one in passes is in its warm-up.
+const BACKGROUND: &str = "background";
 
 /// What is captured, and where to.
 #[derive(Debug)]
@@ -59,6 +74,10 @@ pub struct Capture<'a> {
     pub nvram: Option<Keeping>,
     /// Whether the guest runs.
     pub was_running: bool,
+    /// How its memory is taken.
+    pub way: CaptureWay,
+    /// Slow the guest down when it writes too fast for [`CaptureWay::PreCopy`]; if not, that fails then.
+    pub slow_guest_down: bool,
     /// What its processors had got a moment ago, if that is known.
     pub cpu_before: Option<CpuTime>,
 }
@@ -95,35 +114,86 @@ impl Capture<'_> {
         context: &TaskContext,
         base: Option<Base<MemoryImage>>,
     ) -> Result<Captured, CaptureFailure> {
+        match self.way {
+            CaptureWay::PreCopy => self.run_in_passes(context, base).await,
+            CaptureWay::Background => self.run_in_background(context, base).await,
+        }
+    }
+
+    async fn run_in_passes(
+        &self,
+        context: &TaskContext,
+        base: Option<Base<MemoryImage>>,
+    ) -> Result<Captured, CaptureFailure> {
         let sending = Sending {
             budget: PauseBudget::SNAPSHOT,
             bandwidth_bytes_per_second: None,
             return_path: !self.was_running,
-            slow_guest_down: true,
+            slow_guest_down: self.slow_guest_down,
             finish_timeout: FINISH_TIMEOUT,
         };
         let mut switched = false;
         let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
         let (mut outgoing, stream) =
             Outgoing::start(self.qmp, sending).await.map_err(|error| failure(error.into(), switched))?;
-        let collector = self.collector(stream, base);
+        let collector = self.collector(stream, base, None);
         let taken = self.take(&mut outgoing, context, &mut switched).await;
-        let collected = match &taken {
-            Ok(_) => wait_for(collector).await,
-            Err(_) => {
-                // QEMU first: the collector ends when QEMU closes its end.
-                if let Err(error) = outgoing.abandon(self.was_running).await {
-                    tracing::error!(%error, "the guest could not be brought back after a failed capture");
-                }
-                wait_for(collector).await
+        self.conclude(taken, collector, switched, cpu_begun).await
+    }
+
+    async fn run_in_background(
+        &self,
+        context: &TaskContext,
+        base: Option<Base<MemoryImage>>,
+    ) -> Result<Captured, CaptureFailure> {
+        let mut switched = false;
+        let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
+        context.phase(BACKGROUND);
+        // Now and not when QEMU flushes with the guest stopped.
+        let _ = layers::flush_after(Duration::ZERO, self.old_top_path).await;
+        let (mut background, stream) = match Background::stop(self.qmp).await {
+            Ok(stopped) => stopped,
+            Err(error) => {
+                self.bring_back().await;
+                return Err(failure(error.into(), switched));
             }
         };
+        let (arrived, first_page) = oneshot::channel();
+        let collector = self.collector(stream, base, Some(arrived));
+        let taken = async {
+            layers::switch(self.qmp, self.old_top, self.new_top).await.map_err(layers::refused)?;
+            switched = true;
+            let paused_us = background.begin(first_page).await?;
+            let report =
+                |passage| context.progress(Progress { phase: BACKGROUND.to_owned(), ..progress(passage) });
+            background.until_sent(context.cancel(), report).await?;
+            let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
+            Ok::<_, Problem>(Taken { paused_us, cpu_ended, rounds: 1 })
+        };
+        let taken = taken.await;
+        // QEMU's own descriptor, if it never began: the collector ends when there is none left.
+        self.conclude(taken, collector, switched, cpu_begun).await
+    }
+
+    /// What was taken and collected, or why not: the guest is then brought back to what it was.
+    async fn conclude(
+        &self,
+        taken: Result<Taken, Problem>,
+        collector: Collector,
+        switched: bool,
+        cpu_begun: Option<CpuTime>,
+    ) -> Result<Captured, CaptureFailure> {
+        if taken.is_err() {
+            // QEMU first: the collector ends when QEMU closes its end.
+            self.bring_back().await;
+        }
+        let collected = wait_for(collector).await;
         match (taken, collected) {
-            (Ok(Taken { paused_us, cpu_ended }), Ok(collected)) => {
+            (Ok(Taken { paused_us, cpu_ended, rounds }), Ok(collected)) => {
                 let cpu = self.cpu_before.as_ref().zip(cpu_begun).zip(cpu_ended);
                 let guest_slowdown_percent =
                     cpu.and_then(|((before, begun), ended)| slowdown::percent(before, &begun, &ended));
-                Ok(Captured { collected, paused_us, rounds: outgoing.passes(), guest_slowdown_percent })
+                Ok(Captured { collected, paused_us, rounds, guest_slowdown_percent })
             }
             // The collector's fault is what QEMU met as a broken stream: it is the one to tell of.
             (_, Err(Some(error))) if self.is_cause(&error) => Err(failure(collect_problem(&error), switched)),
@@ -132,6 +202,13 @@ impl Capture<'_> {
                 let problem = error.map_or_else(stuck, |error| collect_problem(&error));
                 Err(failure(problem, switched))
             }
+        }
+    }
+
+    /// Makes sure that the guest is as it was, whatever QEMU was told meanwhile.
+    async fn bring_back(&self) {
+        if let Err(error) = settle(self.qmp, self.was_running).await {
+            tracing::error!(%error, "the guest could not be brought back after a failed capture");
         }
     }
 
@@ -157,10 +234,11 @@ impl Capture<'_> {
             outgoing.finish().await?;
             let paused_us = outgoing.take_back().await?;
             // The pause is in it: a few milliseconds of what took seconds.
-            Ok(Taken { paused_us, cpu_ended: self.cpu_before.as_ref().and_then(CpuTime::later) })
+            let cpu_ended = self.cpu_before.as_ref().and_then(CpuTime::later);
+            Ok(Taken { paused_us, cpu_ended, rounds: outgoing.passes() })
         } else {
             outgoing.finish_unanswered().await?;
-            Ok(Taken { paused_us: 0, cpu_ended: None })
+            Ok(Taken { paused_us: 0, cpu_ended: None, rounds: outgoing.passes() })
         }
     }
 
@@ -176,9 +254,10 @@ impl Capture<'_> {
         &self,
         stream: std::os::unix::net::UnixStream,
         base: Option<Base<MemoryImage>>,
+        first_page: Option<oneshot::Sender<()>>,
     ) -> Collector {
         let (files, bytes) = (self.files.clone(), self.memory_bytes);
-        tokio::task::spawn_blocking(move || collect(stream, &files, bytes, base))
+        tokio::task::spawn_blocking(move || collect(stream, &files, bytes, base, first_page))
     }
 
     /// Whether a collector's error came before QEMU's: a stream that was merely cut is QEMU's doing.
@@ -197,6 +276,7 @@ impl Capture<'_> {
 struct Taken {
     paused_us: u64,
     cpu_ended: Option<CpuTime>,
+    rounds: u64,
 }
 
 type Collector = JoinHandle<Result<Collected, CollectError>>;

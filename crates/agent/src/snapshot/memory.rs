@@ -15,6 +15,7 @@ use berth_stream::{
 };
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
+use tokio::sync::oneshot;
 
 use super::archive::SnapshotFiles;
 use super::image::MemoryImage;
@@ -116,6 +117,7 @@ impl CollectError {
 
 /// Reads a stream to its end and puts memory and device state into new files, the memory as far as the base has it not.
 /// Blocks. Returns as soon as the stream is whole, and closes its end then, even if QEMU would wait for an answer.
+/// `first_page` is told when the first page of the guest's memory has arrived.
 ///
 /// # Errors
 /// When the stream breaks off or the files can't be written; QEMU then sees its stream closed.
@@ -124,6 +126,7 @@ pub fn collect(
     files: &SnapshotFiles,
     memory_bytes: u64,
     base: Option<Base<MemoryImage>>,
+    mut first_page: Option<oneshot::Sender<()>>,
 ) -> Result<Collected, CollectError> {
     let number = base.as_ref().map_or(0, Base::own_number);
     let memory = create(&files.memory_file(number)).map_err(CollectError::Create)?;
@@ -145,6 +148,13 @@ pub fn collect(
             Err(error) => return Err(CollectError::Read(error)),
         };
         splitter.feed(&buffer[..read])?;
+        let summary = splitter.progress();
+        if summary.pages + summary.zero_pages > 0
+            && let Some(first_page) = first_page.take()
+        {
+            // Whoever waited for it may have given up.
+            let _ = first_page.send(());
+        }
         if read < buffer.len() && splitter.parser().finish().is_ok() {
             break;
         }
