@@ -223,6 +223,21 @@ impl<B: AsRef<[u8]>> PageIndex<B> {
         self.bytes.as_ref().get(at).copied().map(Holder)
     }
 
+    /// The page after the last of those, from `page` on, that are where it is: a run that can be read at once. At most `end`.
+    #[must_use]
+    pub fn end_of_run(&self, page: u64, end: u64) -> u64 {
+        let (holder, end) = (self.holder(page), end.min(self.pages));
+        (page..end).find(|next| self.holder(*next) != holder).unwrap_or(end)
+    }
+
+    /// The first of the pages from `first` on, with this content one after the other, that is not as the index has it.
+    /// `hasher` is [`Self::hasher`], made once.
+    pub fn first_wrong(&self, hasher: &PageHasher, first: u64, content: &[u8]) -> Option<u64> {
+        let (pages, _) = content.as_chunks::<PAGE_BYTES>();
+        let mut pages = (first..).zip(pages);
+        pages.find(|(page, content)| self.get(*page) != Some(hasher.hash_page(content))).map(|(page, _)| page)
+    }
+
     /// How many pages each file holds, by the files' numbers.
     #[must_use]
     pub fn pages_of_files(&self) -> [u64; Holder::FILES_MAX] {
@@ -385,6 +400,27 @@ mod tests {
         assert_ne!(page_one, PageHash::ZERO);
         assert_ne!(page_one, PageHasher::new([8; 32]).hash_page(&[1; PAGE_BYTES]));
         assert_ne!(page_one, page_three);
+    }
+
+    #[test]
+    fn what_is_read_at_once_is_where_its_first_page_is_and_is_held_against_all_hashes() {
+        let hasher = PageHasher::new([7; 32]);
+        let mut builder = PageIndexBuilder::new(6, &hasher);
+        for page in 1..4 {
+            builder.set(page, hasher.hash_page(&[1; PAGE_BYTES]), Holder::file(3));
+        }
+        builder.set(4, hasher.hash_page(&[1; PAGE_BYTES]), Holder::FULL);
+        let index = builder.finish();
+        let ends =
+            [(0, 6), (1, 6), (2, 6), (1, 2), (4, 6), (5, 9)].map(|(page, end)| index.end_of_run(page, end));
+        assert_eq!(ends, [1, 4, 4, 2, 5, 6]);
+        let hasher = index.hasher();
+        let mut content = vec![1; 3 * PAGE_BYTES];
+        assert_eq!(index.first_wrong(&hasher, 1, &content), None);
+        content[2 * PAGE_BYTES] ^= 1;
+        assert_eq!(index.first_wrong(&hasher, 1, &content), Some(3));
+        assert_eq!(index.first_wrong(&hasher, 4, &[1; 2 * PAGE_BYTES]), Some(5), "a hole is zeros");
+        assert_eq!(index.first_wrong(&hasher, 5, &[0; 2 * PAGE_BYTES]), Some(6), "beyond the end");
     }
 
     #[test]

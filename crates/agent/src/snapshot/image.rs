@@ -127,14 +127,13 @@ impl MemoryImage {
         let file = self.files.get(usize::from(number)).and_then(Option::as_ref);
         let file = file.ok_or_else(|| FileError::io(&path(), "found")(io::ErrorKind::NotFound.into()))?;
         file.read_exact_at(bytes, offset).map_err(FileError::io(&path(), "read"))?;
-        let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
-        for (page, content) in (first..).zip(pages) {
-            if self.index.get(page) != Some(self.hasher.hash_page(content)) {
-                let detail = format!("the page at {:#x} has another hash", page * PAGE_BYTES as u64);
-                return Err(ArchiveError::Damaged { snapshot: self.snapshot.clone(), path: path(), detail });
+        match self.index.first_wrong(&self.hasher, first, bytes) {
+            Some(wrong) => {
+                let (snapshot, detail) = (self.snapshot.clone(), another_hash(wrong));
+                Err(ArchiveError::Damaged { snapshot, path: path(), detail })
             }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Compares some pages of the full image with the index: enough to tell an image from another, and no more, for a
@@ -260,6 +259,11 @@ pub fn feed(mut stream: UnixStream, device: &[u8], image: MemoryImage) -> Result
     }
 }
 
+/// What is wrong with a page that is not what it was.
+fn another_hash(page: u64) -> String {
+    format!("the page at {:#x} has another hash", page * PAGE_BYTES as u64)
+}
+
 /// The pages that a process that has mapped the full image does not have.
 struct Differences {
     image: MemoryImage,
@@ -270,10 +274,9 @@ struct Differences {
 impl MemorySource for &mut Differences {
     fn next_range(&mut self, from: u64, length: u64) -> Option<(u64, u64)> {
         let index = &self.image.index;
-        let holder = |page: u64| index.holder(page).unwrap_or(Holder::HOLE);
         let pages = from / PAGE_BYTES as u64..length / PAGE_BYTES as u64;
-        let start = pages.clone().find(|page| is_sent(&holder(*page)))?;
-        let end = (start..pages.end).find(|page| holder(*page) != holder(start)).unwrap_or(pages.end);
+        let start = pages.clone().find(|page| index.holder(*page).is_some_and(|holder| is_sent(&holder)))?;
+        let end = index.end_of_run(start, pages.end);
         Some((start * PAGE_BYTES as u64, end * PAGE_BYTES as u64))
     }
 

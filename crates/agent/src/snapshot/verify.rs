@@ -369,14 +369,12 @@ impl<'a> Look<'a> {
             Err(error) => return self.archive_fault(error),
         };
         let count = image.index().page_count();
-        let holder = |page| image.index().holder(page).unwrap_or(Holder::HOLE);
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut bad: BTreeSet<u8> = BTreeSet::new();
         let mut page = 0;
         while page < count {
-            let held = holder(page);
-            let most = (page + (CHUNK_BYTES / PAGE_BYTES) as u64).min(count);
-            let end = (page + 1..most).find(|next| holder(*next) != held).unwrap_or(most);
+            let held = image.index().holder(page).unwrap_or(Holder::HOLE);
+            let end = image.index().end_of_run(page, page + (CHUNK_BYTES / PAGE_BYTES) as u64);
             let (offset, pages) = (page * PAGE_BYTES as u64, usize::try_from(end - page).unwrap_or(0));
             let bytes = &mut buffer[..pages * PAGE_BYTES];
             page = end;

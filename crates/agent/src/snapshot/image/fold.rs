@@ -11,9 +11,10 @@ use std::os::unix::fs::FileExt;
 
 use berth_stream::{Holder, PAGE_BYTES, PageIndex};
 
-use crate::durable::{self, FileError};
+use crate::durable::FileError;
 use crate::room::Room;
 use crate::snapshot::archive::SnapshotFiles;
+use crate::snapshot::image::another_hash;
 
 /// How much is copied at once.
 const COPY_BYTES: usize = 1 << 20;
@@ -33,6 +34,7 @@ pub fn fold(
     let mut room = Room::default();
     let mut buffer = vec![0; COPY_BYTES];
     let mut open: Option<(u8, File)> = None;
+    let hasher = index.hasher();
     let mut page = 0;
     while let Some((number, start, end)) = next_run(index, own, page) {
         let path = earlier.memory_file(number);
@@ -46,14 +48,17 @@ pub fn fold(
         let bytes = &mut buffer[..usize::try_from(end - start).unwrap_or(0) * PAGE_BYTES];
         let offset = start * PAGE_BYTES as u64;
         file.read_exact_at(bytes, offset).map_err(FileError::io(&path, "read"))?;
-        check(index, start, bytes).map_err(FileError::io(&path, "taken over"))?;
+        if let Some(wrong) = index.first_wrong(&hasher, start, bytes) {
+            let fault = io::Error::new(io::ErrorKind::InvalidData, another_hash(wrong));
+            return Err(FileError::io(&path, "taken over")(fault));
+        }
         let copied = room.take(memory, bytes.len() as u64).and_then(|()| memory.write_all_at(bytes, offset));
         copied.map_err(FileError::io(&paths.memory_file(own), "written"))?;
         page = end;
     }
     let (from, to) = (paths.memory_file(own), paths.memory());
+    // The directory is made durable with everything else of the image.
     std::fs::rename(&from, &to).map_err(FileError::io(&to, "named"))?;
-    durable::sync_parent(&to)?;
     Ok(index.with_holders(|_, holder| if holder.number().is_some() { Holder::FULL } else { Holder::HOLE }))
 }
 
@@ -61,19 +66,6 @@ pub fn fold(
 fn next_run(index: &PageIndex, own: u8, from: u64) -> Option<(u8, u64, u64)> {
     let held = |page: u64| index.holder(page).and_then(Holder::number).filter(|number| *number != own);
     let (start, number) = (from..index.page_count()).find_map(|page| Some((page, held(page)?)))?;
-    let most = index.page_count().min(start + (COPY_BYTES / PAGE_BYTES) as u64);
-    let end = (start..most).find(|page| held(*page) != Some(number)).unwrap_or(most);
+    let end = index.end_of_run(start, start + (COPY_BYTES / PAGE_BYTES) as u64);
     Some((number, start, end))
-}
-
-fn check(index: &PageIndex, first: u64, bytes: &[u8]) -> io::Result<()> {
-    let hasher = index.hasher();
-    let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
-    for (page, content) in (first..).zip(pages) {
-        if index.get(page) != Some(hasher.hash_page(content)) {
-            let text = format!("the page at {:#x} has another hash", page * PAGE_BYTES as u64);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
-        }
-    }
-    Ok(())
 }
