@@ -65,7 +65,9 @@ pub struct TestHost {
     /// What the agent's tasks run on: it dies by losing it.
     runtime: Option<Runtime>,
     pub id: HostId,
-    root: tempfile::TempDir,
+    root: PathBuf,
+    /// That root, if it is to be gone afterwards.
+    temporary: Option<tempfile::TempDir>,
     config: AgentConfig,
     peers: Arc<dyn PeerConnector>,
     vms: std::sync::Mutex<Vec<VmId>>,
@@ -79,18 +81,30 @@ impl TestHost {
 
     /// A host with this pool, if one is given, and these peers.
     pub async fn start_with(pool: Option<PathBuf>, peers: Arc<dyn PeerConnector>, id: HostId) -> Self {
+        let temporary = directory();
+        let root = temporary.path().to_owned();
+        let pool = pool.unwrap_or_else(|| root.join("pool"));
+        let mut host = Self::start_in(root, pool, peers, id).await;
+        host.temporary = Some(temporary);
+        host
+    }
+
+    /// A host whose files are in this directory and stay there; it may have been there before.
+    pub async fn start_at(root: &Path, id: HostId) -> Self {
+        Self::start_in(root.to_owned(), root.join("pool"), Arc::new(NoPeers), id).await
+    }
+
+    async fn start_in(root: PathBuf, pool: PathBuf, peers: Arc<dyn PeerConnector>, id: HostId) -> Self {
         // A second test in the same process finds it set up.
         let _ = tracing_subscriber::fmt().with_env_filter("berth_agent=info").with_test_writer().try_init();
-        let root = directory();
-        let pool = pool.unwrap_or_else(|| root.path().join("pool"));
         std::fs::create_dir_all(&pool).expect("pool");
         open_directory(&pool);
         let config = AgentConfig {
             name: "h1".parse().expect("name"),
             listen: "127.0.0.1:0".parse().expect("address"),
             manager: "127.0.0.1:1".into(),
-            state_dir: root.path().join("state"),
-            run_dir: root.path().join("run"),
+            state_dir: root.join("state"),
+            run_dir: root.join("run"),
             pools: vec![PoolConfig { name: "local".parse().expect("name"), path: pool }],
             qemu_binary: std::env::var("BERTH_QEMU").unwrap_or("/usr/bin/qemu-system-x86_64".into()).into(),
             qemu_arguments: std::env::var("BERTH_QEMU_ARGUMENTS")
@@ -106,7 +120,8 @@ impl TestHost {
         std::fs::create_dir_all(&config.state_dir).expect("state");
         std::fs::create_dir_all(&config.run_dir).expect("run");
         let (agent, runtime) = start_agent(&id, &config, &peers).await;
-        Self { agent, runtime: Some(runtime), id, root, config, peers, vms: std::sync::Mutex::default() }
+        let vms = std::sync::Mutex::default();
+        Self { agent, runtime: Some(runtime), id, root, temporary: None, config, peers, vms }
     }
 
     /// The agent dies in the middle of whatever it does, and another takes its place.
@@ -124,7 +139,7 @@ impl TestHost {
     }
 
     pub fn root(&self) -> &Path {
-        self.root.path()
+        &self.root
     }
 
     pub fn pool(&self) -> &Path {
