@@ -248,7 +248,7 @@ mod tests {
         let (mut theirs, ours) = UnixStream::pair().expect("pair");
         theirs.write_all(b"QEVM\0\0\0\x03").expect("head");
         drop(theirs);
-        let result = collect(ours, &SnapshotFiles::at(directory.path()), 1 << 20, None);
+        let result = collect(ours, &SnapshotFiles::at(directory.path()), 1 << 20, None, None);
         assert!(matches!(result, Err(CollectError::Split(SplitError::Stream(_)))), "{result:?}");
     }
 

@@ -69,7 +69,7 @@ fn take_bounded(
     let (ours, mut theirs) = UnixStream::pair().expect("pair");
     let sent = stream(before, after);
     let sending = thread::spawn(move || theirs.write_all(&sent).expect("sent"));
-    let collected = memory::collect(ours, draft.files(), MEMORY_BYTES, base).expect("collected");
+    let collected = memory::collect(ours, draft.files(), MEMORY_BYTES, base, None).expect("collected");
     sending.join().expect("sent");
     let completed = complete(collected, draft.files(), linked.as_ref(), sent_bytes_max).expect("complete");
     let memory = MemoryManifest {
