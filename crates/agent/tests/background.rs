@@ -17,13 +17,13 @@ use berth_model::vm::VmState;
 use guest_probe::memory::{Rewrite, Settings};
 use host::{LONG, TestHost, TestVm, layer, snapshot};
 
-/// Half of the guest's memory, rewritten as fast as it can.
+/// Much of the guest's memory, rewritten as fast as it can.
 const BUSY: Settings = Settings { memory_mib: 96, rate_mib_s: 60_000, hot_mib: 0, rewrite: Rewrite::Word };
 const CALM: Settings = Settings { rate_mib_s: 5, ..BUSY };
 
 /// Whether the machines of this run are of a release that can do it.
 fn is_new() -> bool {
-    let machine_type = host::definition(192).spec.machine_type;
+    let machine_type = host::definition(256).spec.machine_type;
     let is_new = berth_agent::qemu::release_of_machine(&machine_type).is_some_and(|major| major >= 10);
     if !is_new {
         println!("{machine_type} is taken in passes only: not tried");
@@ -98,7 +98,7 @@ async fn a_guest_that_writes_too_fast_is_taken_in_the_background_with_every_page
     }
     let _allowed = Allowed::now();
     let host = TestHost::start().await;
-    let vm = host.running_vm(192).await;
+    let vm = host.running_vm(256).await;
     let probe = host.probe(&vm.id);
     probe.set(CALM, LONG).expect("calm");
     probe.write(10).expect("files");
@@ -132,7 +132,7 @@ async fn whoever_breaks_one_off_leaves_a_guest_that_runs_and_writes() {
     }
     let _allowed = Allowed::now();
     let mut host = TestHost::start().await;
-    let vm = host.running_vm(192).await;
+    let vm = host.running_vm(256).await;
     host.probe(&vm.id).set(BUSY, LONG).expect("busy");
     let mut in_the_background = 0;
     for (number, delay_ms) in [0, 10, 30, 60, 120, 250].into_iter().enumerate() {
