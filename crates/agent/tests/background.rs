@@ -44,7 +44,7 @@ impl Allowed {
     fn now() -> Self {
         let turn =
             fs::File::create(std::env::temp_dir().join("berth-test-userfaultfd")).expect("a file to lock");
-        turn.lock().expect("locked");
+        rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).expect("locked");
         let before = fs::read_to_string(SWITCH).expect("a kernel with userfaultfd");
         fs::write(SWITCH, "1").expect("root may allow it");
         Self { before, _turn: turn }
