@@ -28,8 +28,8 @@ use serde::Serialize;
 use crate::exit::Failure;
 use crate::output::Output;
 use crate::session::Session;
-use directory::{Directory, MANAGER};
-use hosts::ManagerWas;
+use directory::Directory;
+use hosts::Before;
 use record::{Mode, Record};
 
 /// How many hosts there are when nothing is said: the least with which a VM can move.
@@ -112,10 +112,9 @@ async fn bring_up(
     if record.mode == Mode::Root {
         network::bring_up(&directory, &mut record, arguments.link_mbit)?;
     }
-    let manager_was =
-        if process::alive(&directory, MANAGER).is_some() { ManagerWas::Running } else { ManagerWas::Stopped };
+    let before = Before::now(&directory);
     let session = manager::bring_up(&directory, &mut record, output).await?;
-    hosts::bring_up(&directory, &mut record, &session, manager_was).await?;
+    hosts::bring_up(&directory, &mut record, &session, before).await?;
     Ok((directory, record))
 }
 

@@ -17,7 +17,7 @@ use berth_model::host::{Host, HostState, NetworkMode};
 use berth_model::name::Name;
 use berth_model::schedule::reserve::RESERVE_PERCENT;
 
-use super::directory::Directory;
+use super::directory::{Directory, MANAGER};
 use super::record::{HostEntry, Mode, Record};
 use super::{manager, network, process};
 use crate::config;
@@ -32,13 +32,20 @@ const ASK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a join token is good that is used at once.
 const JOIN_TOKEN_S: u64 = 300;
 
-/// What the manager was before this: whether its word about hosts is news.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ManagerWas {
-    /// It was started just now, and says what it remembers.
-    Stopped,
-    /// It has been running, and says so when one is gone.
-    Running,
+/// How things stood before anything was started.
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    /// When that was.
+    at: Timestamp,
+    /// The manager has been running, and says so when a host is gone.
+    manager_ran: bool,
+}
+
+impl Before {
+    /// As it is now.
+    pub fn now(directory: &Directory) -> Self {
+        Self { at: now(), manager_ran: process::alive(directory, MANAGER).is_some() }
+    }
 }
 
 /// Enrols the hosts that are not yet, starts the agents that don't run, and waits until all are online.
@@ -49,9 +56,8 @@ pub async fn bring_up(
     directory: &Directory,
     record: &mut Record,
     session: &Session,
-    manager_was: ManagerWas,
+    before: Before,
 ) -> Result<(), Failure> {
-    let begun = now();
     choose_addresses(record)?;
     directory.save(record)?;
     make_pools(directory, record)?;
@@ -59,7 +65,7 @@ pub async fn bring_up(
     for host in &record.hosts {
         let name = host.name.as_str();
         let runs = process::alive(directory, name).is_some();
-        if !runs || manager_was == ManagerWas::Stopped {
+        if !runs || !before.manager_ran {
             to_be_heard.insert(host.name.clone());
         }
         if runs {
@@ -80,7 +86,7 @@ pub async fn bring_up(
         let namespace = (record.mode == Mode::Root).then(|| network::namespace(record, name));
         process::start(directory, name, &["agent", "run", "--config", path], namespace.as_deref())?;
     }
-    wait_until_online(directory, record, session, (&to_be_heard, begun)).await
+    wait_until_online(directory, record, session, (&to_be_heard, before.at)).await
 }
 
 fn now() -> Timestamp {
