@@ -9,6 +9,7 @@
 
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 BENCH ?= first-light
+WITH_QEMU_10 := --test background --test restore
 KEEP ?=
 
 .PHONY: demo test check bench build guest deps
@@ -16,10 +17,16 @@ KEEP ?=
 demo: deps build guest
 	BERTH_BIN=$(TARGET)/release/berth BERTH_DEMO_KEEP=$(KEEP) cargo xtask demo
 
-# Binaries and tests are built together first, so that both are built from the same dependencies, once.
+# What runs tests; nextest, where it is installed, stops those that hang.
+RUN_TESTS = if cargo nextest --version > /dev/null 2>&1; then cargo nextest run --workspace $(1); else cargo test --workspace $(1); fi
+
+# Binaries and tests are built together first, so that both are built from the same dependencies, once. What goes by QEMU's
+# release is tested with QEMU 10 as well, if there is one for this system.
 test: deps guest
 	cargo build --workspace --all-targets
-	if cargo nextest --version > /dev/null 2>&1; then cargo nextest run --workspace; else cargo test --workspace; fi
+	$(call RUN_TESTS)
+	newer="$$(cargo xtask qemu)" || exit 1; if [ -n "$$newer" ]; then \
+		export BERTH_QEMU="$$newer" BERTH_MACHINE_TYPE=pc-q35-10.0; $(call RUN_TESTS,$(WITH_QEMU_10)); fi
 
 check: deps guest
 	cargo xtask check
