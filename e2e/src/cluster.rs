@@ -45,7 +45,8 @@ impl Cluster {
     pub fn up(berth: &Berth, options: &UpOptions) -> Result<Self> {
         let dir = options.dir.to_str().context("the cluster's folder has a name that is not UTF-8")?;
         let hosts = options.hosts.to_string();
-        let mut words = vec!["up", "--hosts", &hosts, "--dir", dir, "--detach"];
+        // How full the disk is on which tests run decides nothing in them.
+        let mut words = vec!["up", "--hosts", &hosts, "--dir", dir, "--detach", "--pool-reserve", "0"];
         let link = options.link_mbit.map(|mbit| mbit.to_string());
         if let Some(link) = &link {
             words.extend(["--link-mbit", link]);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use berth_model::host::NetworkMode;
 use berth_model::name::Name;
-use berth_model::schedule::reserve::RESERVE_PERCENT;
+use berth_model::schedule::reserve::{RESERVE_PERCENT, RESERVE_PERCENT_MAX};
 use serde::{Deserialize, Serialize};
 
 /// The first user id that is given to a VM's QEMU. Far above people and services, below where user namespaces are
@@ -230,8 +230,9 @@ impl AgentConfig {
         if let Some(fault) = self.network.fault() {
             faults.push(fault);
         }
-        if self.pool_reserve_percent > 90 {
-            faults.push(format!("pool_reserve_percent is {}: expected 0 to 90", self.pool_reserve_percent));
+        if self.pool_reserve_percent > RESERVE_PERCENT_MAX {
+            let expected = format!("expected 0 to {RESERVE_PERCENT_MAX}");
+            faults.push(format!("pool_reserve_percent is {}: {expected}", self.pool_reserve_percent));
         }
         if self.user_id_base < 1000 {
             faults.push(format!("user_id_base is {}: expected 1000 or more", self.user_id_base));

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use berth_model::host::PoolReport;
+use rustix::fs::StatVfs;
 use serde::{Deserialize, Serialize};
 
 use crate::durable::{self, FileError};
@@ -82,15 +83,21 @@ pub fn open(dirs: PoolDirs, isolated_users: bool, reserve_percent: u8) -> Result
 /// # Errors
 /// When the file system can't be asked.
 pub fn report(facts: &PoolFacts) -> io::Result<PoolReport> {
-    let size = rustix::fs::statvfs(&facts.dirs.path)?;
-    let size_bytes = size.f_blocks.saturating_mul(size.f_frsize);
+    let (size_bytes, free_bytes) = size_and_free(&rustix::fs::statvfs(&facts.dirs.path)?);
     Ok(PoolReport {
         name: facts.dirs.name.clone(),
         pool_uuid: facts.uuid.clone(),
         size_bytes,
-        free_bytes: size.f_bavail.saturating_mul(size.f_frsize),
+        free_bytes,
         reserve_bytes: size_bytes / 100 * u64::from(facts.reserve_percent),
     })
+}
+
+/// What a file system holds for its users and what of it is free, in bytes. What it keeps back for itself is nobody's to
+/// fill, and so no part of the pool.
+fn size_and_free(found: &StatVfs) -> (u64, u64) {
+    let usable_blocks = found.f_blocks.saturating_sub(found.f_bfree).saturating_add(found.f_bavail);
+    (usable_blocks.saturating_mul(found.f_frsize), found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Reads the pool's identity; the first host to use a pool gives it one.
@@ -150,6 +157,13 @@ mod tests {
             fs::read_dir(&dirs.path).expect("list").map(|entry| entry.expect("entry").file_name()).collect();
         left.sort();
         assert_eq!(left, ["images", "pool.json", "vms"]);
+    }
+
+    #[test]
+    fn what_the_file_system_keeps_for_itself_is_no_part_of_the_pool() {
+        let mut size = rustix::fs::statvfs("/").expect("statvfs");
+        (size.f_frsize, size.f_blocks, size.f_bfree, size.f_bavail) = (4096, 1000, 700, 100);
+        assert_eq!(size_and_free(&size), (400 * 4096, 100 * 4096));
     }
 
     #[test]

@@ -20,9 +20,10 @@ use berth_api::join::JoinSecret;
 use berth_api::transport::TransportError;
 use berth_model::host::NetworkMode;
 use berth_model::name::Name;
-use berth_model::schedule::reserve::RESERVE_PERCENT;
+use berth_model::schedule::reserve::{RESERVE_PERCENT, RESERVE_PERCENT_MAX};
 use berth_model::{HostId, Problem, ProblemCode};
 use clap::Args;
+use clap::builder::RangedI64ValueParser;
 
 use crate::config;
 use crate::daemon::{AGENT_CONFIG, chain};
@@ -58,12 +59,20 @@ pub struct Arguments {
     /// A pool: NAME=DIRECTORY; may be given several times [default: default=/var/lib/berth/pool]
     #[arg(long = "pool", value_name = "NAME=DIRECTORY", value_parser = parse_pool)]
     pools: Vec<PoolConfig>,
+    /// How much of each pool, in percent, has to stay free for schedules to take snapshots there [default: 10]
+    #[arg(long, value_name = "PERCENT", value_parser = pool_reserve())]
+    pool_reserve: Option<u8>,
     /// The bridge that VMs are on; user-mode networking without it
     #[arg(long)]
     bridge: Option<String>,
     /// The configuration to write; one that is there already is kept, and must say the same
     #[arg(long, value_name = "FILE", default_value = AGENT_CONFIG)]
     config: PathBuf,
+}
+
+/// What may be said of a pool's reserve.
+pub fn pool_reserve() -> RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(0..=i64::from(RESERVE_PERCENT_MAX))
 }
 
 fn parse_pool(text: &str) -> Result<PoolConfig, String> {
@@ -175,7 +184,7 @@ fn wanted_config(arguments: &Arguments) -> Result<AgentConfig, Failure> {
         qemu_img_binary: "/usr/bin/qemu-img".into(),
         machine: berth_agent::config::MachineConfig::default(),
         network,
-        pool_reserve_percent: RESERVE_PERCENT,
+        pool_reserve_percent: arguments.pool_reserve.unwrap_or(RESERVE_PERCENT),
         user_id_base: USER_ID_BASE,
         layers_max: LAYERS_MAX,
     })
@@ -187,12 +196,14 @@ fn agreeing(path: &Path, arguments: &Arguments, wanted: &AgentConfig) -> Result<
         Failure::field("config", path.display(), &format!("an agent's configuration: {}", chain(&error)))
     })?;
     let bridge = |agent: &AgentConfig| agent.network.bridge.clone().unwrap_or_default();
+    let reserve = |agent: &AgentConfig| agent.pool_reserve_percent.to_string();
     let said = [
         ("name", true, wanted.name.to_string(), there.name.to_string()),
         ("manager", true, wanted.manager.clone(), there.manager.clone()),
         ("listen", arguments.listen.is_some(), wanted.listen.to_string(), there.listen.to_string()),
         ("pool", !arguments.pools.is_empty(), pools_text(wanted), pools_text(&there)),
         ("bridge", arguments.bridge.is_some(), bridge(wanted), bridge(&there)),
+        ("pool-reserve", arguments.pool_reserve.is_some(), reserve(wanted), reserve(&there)),
     ];
     for (field, asked, wanted, there) in said {
         if asked && wanted != there {

@@ -26,6 +26,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::exit::Failure;
+use crate::join::pool_reserve;
 use crate::output::Output;
 use crate::session::Session;
 use directory::Directory;
@@ -54,6 +55,10 @@ pub struct UpArguments {
     /// Shape each host's link to this many megabits a second (as root)
     #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     link_mbit: Option<u32>,
+    /// How much of each pool, in percent, has to stay free for schedules to take snapshots there; for hosts started now
+    /// [default: 10, or as it was]
+    #[arg(long, value_name = "PERCENT", value_parser = pool_reserve())]
+    pool_reserve: Option<u8>,
 }
 
 /// What programs are told when it is up.
@@ -114,7 +119,7 @@ async fn bring_up(
     }
     let before = Before::now(&directory);
     let session = manager::bring_up(&directory, &mut record, output).await?;
-    hosts::bring_up(&directory, &mut record, &session, before).await?;
+    hosts::bring_up(&directory, &mut record, &session, before, arguments.pool_reserve).await?;
     Ok((directory, record))
 }
 

@@ -68,11 +68,11 @@ fn lines_that_are_right_are_taken() {
         "berth audit export --format cef --output-file a.cef --since 2026-11-22T00:00:00Z",
         "berth audit key",
         "berth completions bash",
-        "berth up --hosts 3 --dir x --detach --link-mbit 1000",
+        "berth up --hosts 3 --dir x --detach --link-mbit 1000 --pool-reserve 5",
         "berth down --dir x --purge",
         "berth manager run --config m.toml",
         "berth agent run --config a.toml",
-        "berth agent join --manager m:8443 --token t --name h1 --pool local=/srv --bridge br0",
+        "berth agent join --manager m:8443 --token t --name h1 --pool local=/srv --bridge br0 --pool-reserve 20",
         "berth login --url https://m:8443 --ca ca.pem",
     ] {
         assert!(parses(line), "{line}");

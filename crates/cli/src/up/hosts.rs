@@ -57,6 +57,7 @@ pub async fn bring_up(
     record: &mut Record,
     session: &Session,
     before: Before,
+    pool_reserve: Option<u8>,
 ) -> Result<(), Failure> {
     choose_addresses(record)?;
     directory.save(record)?;
@@ -73,9 +74,11 @@ pub async fn bring_up(
         }
         let path = directory.host_config(&host.name);
         let mut agent = agent_config(directory, record, host)?;
-        // Whoever gave a host another pool by hand finds it there the next time.
+        agent.pool_reserve_percent = pool_reserve.unwrap_or(RESERVE_PERCENT);
+        // Whoever gave a host another pool or reserve by hand finds it there the next time.
         if let Ok(before) = AgentConfig::load(&path) {
             agent.pools = before.pools;
+            agent.pool_reserve_percent = pool_reserve.unwrap_or(before.pool_reserve_percent);
         }
         let text = toml::to_string(&agent).context("an agent's configuration can't be written")?;
         config::write_private(&path, text.as_bytes())?;

@@ -13,6 +13,11 @@ use crate::name::Name;
 /// What part of a pool has to stay free when nothing is said, in percent. Less, and a guest that fills its disk meets a
 /// full pool before anybody has read the warning. More is room that nobody uses.
 pub const RESERVE_PERCENT: u8 = 10;
+/// The most that may be asked for: a pool that keeps more is of no use to guests.
+pub const RESERVE_PERCENT_MAX: u8 = 90;
+
+/// How far ahead an estimate is worth saying: ten years.
+const SEEN_AHEAD_MS: u64 = 10 * 365 * 24 * 60 * 60 * 1000;
 
 /// How far a pool is from its reserve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -62,11 +67,13 @@ pub const fn missing_bytes(pool: &PoolReport) -> u64 {
     pool.reserve_bytes.saturating_sub(pool.free_bytes)
 }
 
-/// When the reserve will be reached if each run adds so much, and runs come at such a pace; none: never.
+/// When the reserve will be reached if each run adds so much, and runs come at such a pace; none: not within
+/// [`SEEN_AHEAD_MS`].
 pub fn reached_at(pool: &PoolReport, added_bytes: u64, every_ms: u64, now: Timestamp) -> Option<Timestamp> {
     let left = pool.free_bytes.saturating_sub(pool.reserve_bytes);
     let runs = left.checked_div(added_bytes)?;
-    Some(now.plus_millis(runs.saturating_mul(every_ms)))
+    let ahead_ms = runs.saturating_mul(every_ms);
+    (ahead_ms <= SEEN_AHEAD_MS).then(|| now.plus_millis(ahead_ms))
 }
 
 #[cfg(test)]
@@ -104,5 +111,6 @@ mod tests {
         assert_eq!(reached_at(&pool(600), 50, hour, now), Some(now.plus_millis(10 * hour)));
         assert_eq!(reached_at(&pool(100), 50, hour, now), Some(now));
         assert_eq!(reached_at(&pool(600), 0, hour, now), None);
+        assert_eq!(reached_at(&pool(600), 1, 8760 * hour, now), None, "five hundred years ahead");
     }
 }
