@@ -31,6 +31,9 @@ need iproute2 "connects virtual machines to bridges" has ip
 need gcc "compiles the C parts of dependencies" has cc
 need libc6-dev "links the guest's probe statically" has_library libc.a
 need slapd "a directory to log in against, for the tests" has slapd
+need restic "reads and checks backups, in the tests" has restic
+need openssh-server "takes backups over SFTP, in the tests" has sshd
+need openssh-client "reaches backups over SFTP" has ssh
 need nodejs "runs the identity provider of the tests" has node
 need npm "fetches the identity provider of the tests" has npm
 need python3-venv "runs the tests that send random requests to the API" python3 -c 'import venv, ensurepip'

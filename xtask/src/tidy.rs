@@ -24,13 +24,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("berth-qmp", &[]),
     ("berth-stream", &[]),
     ("berth-inspect", &[]),
+    ("berth-backup", &["berth-model"]),
     ("berth-model", &[]),
     ("berth-api", &["berth-model"]),
     ("berth-store", &["berth-model"]),
     ("berth-tlog", &[]),
     ("berth-agent", &["berth-qmp", "berth-stream", "berth-inspect", "berth-model", "berth-api"]),
     ("berth-manager", &["berth-model", "berth-api", "berth-store", "berth-tlog"]),
-    ("berth-cli", &["berth-api", "berth-model", "berth-manager", "berth-agent", "berth-tlog"]),
+    (
+        "berth-cli",
+        &["berth-api", "berth-backup", "berth-model", "berth-manager", "berth-agent", "berth-tlog"],
+    ),
     (
         "berth-sim",
         &[
@@ -52,6 +56,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 const OUTSIDERS: &[(&str, &[&str])] = &[
     ("anyhow", &["berth-cli", "xtask", "berth-e2e"]),
     ("rusqlite", &["berth-store"]),
+    ("rustic_core", &["berth-backup"]),
+    ("ureq", &["berth-backup"]),
     ("cedar-policy", &["berth-manager"]),
     ("axum", &["berth-agent", "berth-manager", "berth-sim"]),
     (

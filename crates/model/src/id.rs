@@ -117,6 +117,8 @@ ids! {
     LayerId = "layer";
     /// Frozen layers, memory, device state and configuration of one instant.
     SnapshotId = "snap";
+    /// A place for backups.
+    RepositoryId = "repo";
     /// A change that takes time.
     OperationId = "op";
     /// The tenancy and network boundary that a VM is in.

@@ -5,7 +5,7 @@
 //! command line.
 //!
 //! Read in this order: [`id`] and [`name`] (what things are called), [`time`], [`problem`] (how a refusal is said),
-//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`verification`], [`diff`], [`schedule`], [`migration`], [`operation`], and last the rules that
+//! then the nouns: [`image`], [`host`], [`vm`], [`snapshot`], [`verification`], [`diff`], [`schedule`], [`repository`], [`migration`], [`operation`], and last the rules that
 //! join them: [`access`] and [`placement`].
 
 pub mod id;
@@ -19,6 +19,7 @@ pub mod host;
 pub mod image;
 pub mod migration;
 pub mod operation;
+pub mod repository;
 pub mod schedule;
 pub mod snapshot;
 pub mod verification;
@@ -31,8 +32,8 @@ pub mod placement;
 mod diagram;
 
 pub use id::{
-    ApprovalId, GrantId, HostId, ImageId, LayerId, OperationId, PolicyId, RoleId, ScheduleId, SegmentId,
-    SnapshotId, TeamId, TokenId, UserId, VmId,
+    ApprovalId, GrantId, HostId, ImageId, LayerId, OperationId, PolicyId, RepositoryId, RoleId, ScheduleId,
+    SegmentId, SnapshotId, TeamId, TokenId, UserId, VmId,
 };
 pub use problem::{Problem, ProblemCode};
 pub use time::Timestamp;
