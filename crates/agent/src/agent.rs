@@ -11,6 +11,7 @@ use berth_model::{HostId, Problem, ProblemCode, VmId};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::backup;
 use crate::config::AgentConfig;
 use crate::durable::{self, FileError};
 use crate::image::{self, Holder, Images};
@@ -20,6 +21,7 @@ use crate::pool::{self, PoolError};
 use crate::report::ReportBoard;
 use crate::sandbox;
 use crate::services::{Handles, Services};
+use crate::snapshot;
 use crate::task::{Accepted, TaskContext, TaskRegistry};
 use crate::vm::actor::{Job, Vms};
 use crate::vm::lifecycle;
@@ -78,7 +80,7 @@ impl Agent {
         let layout = Layout::new(&config);
         let mut pools = Vec::new();
         for dirs in layout.pools() {
-            image_leftovers(&dirs, &host);
+            leftovers(&dirs, &host);
             pools.push(pool::open(dirs, isolated_users, config.pool_reserve_percent)?);
         }
         make_private(&layout.vm_states())?;
@@ -183,6 +185,16 @@ impl Agent {
                 };
                 let _ = reply.send(deleted.map(|()| TaskOutput::Done));
             }),
+            TaskSpec::ExportSnapshot { .. } => Box::pin(async move {
+                let _ = reply.send(snapshot::export(&services, &context).await);
+            }),
+            TaskSpec::FetchBackup { .. } => Box::pin(async move {
+                let _ = reply.send(snapshot::fetch(&services, &images, &context).await);
+            }),
+            TaskSpec::DropFetched { vm, pool } => Box::pin(async move {
+                let dropped = snapshot::drop_fetched(&services, &vm, &pool).await;
+                let _ = reply.send(dropped.map(|()| TaskOutput::Done));
+            }),
             TaskSpec::WaitReady { timeout_ms } => {
                 let handle = vm.as_ref().and_then(|vm| self.vms.get(vm));
                 Box::pin(async move {
@@ -223,15 +235,23 @@ impl Agent {
 }
 
 fn check_vm(put: &PutTask) -> Result<(), Problem> {
-    let about_images = matches!(put.spec, TaskSpec::FetchImage { .. } | TaskSpec::DeleteImage { .. });
-    match (&put.vm, about_images) {
+    // Exports and fetches name a VM, and leave it alone.
+    let about_none = matches!(
+        put.spec,
+        TaskSpec::FetchImage { .. }
+            | TaskSpec::DeleteImage { .. }
+            | TaskSpec::ExportSnapshot { .. }
+            | TaskSpec::FetchBackup { .. }
+            | TaskSpec::DropFetched { .. }
+    );
+    match (&put.vm, about_none) {
         (None, false) => Err(Problem::field("vm", "", "the id of the VM that the task is about")),
         _ => Ok(()),
     }
 }
 
-fn image_leftovers(dirs: &crate::layout::PoolDirs, host: &HostId) {
-    if let Err(error) = image::clean(dirs, host) {
+fn leftovers(dirs: &crate::layout::PoolDirs, host: &HostId) {
+    if let Err(error) = backup::clean(dirs, host).and_then(|()| image::clean(dirs, host)) {
         tracing::debug!(pool = %dirs.name, error = durable::with_causes(&error), "nothing to clean");
     }
 }

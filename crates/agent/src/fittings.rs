@@ -69,6 +69,15 @@ pub fn uuid_text(bytes: [u8; 16]) -> String {
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
+/// Whether a text is a UUID as it is written here.
+pub fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,6 +88,8 @@ mod tests {
         let first = Fittings { generation_id: Some(random_uuid().expect("random")), nvram: Some(born) };
         let second = first.renewed(&top).expect("random");
         assert!(second.generation_id.is_some() && second.generation_id != first.generation_id);
+        assert!(second.generation_id.as_deref().is_some_and(is_uuid));
+        assert!(!is_uuid("0") && !is_uuid("01234567-89ab-cdef-0123-456789abcde,"));
         assert_eq!(second.nvram.as_ref(), Some(&top));
         assert_eq!(Fittings::default().renewed(&top).expect("random"), Fittings::default());
     }

@@ -24,6 +24,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use serde::Serialize;
 
 use crate::agent::Agent;
+use crate::backup;
 use crate::snapshot::{self, deletion};
 
 mod console;
@@ -56,6 +57,16 @@ pub fn router(agent: &Arc<Agent>) -> Router {
     });
     router = json::<contract::SnapshotCompare, _, _>(router, agent, |agent, path, query, ()| async move {
         snapshot::compare(&agent, path, query).await
+    });
+    router = json::<contract::RepositoryOpen, _, _>(router, agent, |agent, _, _, wish| async move {
+        backup::open(agent.services(), wish).await
+    });
+    router = json::<contract::RepositoryList, _, _>(router, agent, |agent, _, _, access| async move {
+        backup::list(agent.services(), access).await
+    });
+    router = json::<contract::RepositoryLook, _, _>(router, agent, |agent, _, _, wish| async move {
+        let (backup, contents) = backup::look(agent.services(), wish).await?;
+        Ok(contract::FoundBackup { backup, contents })
     });
     router = mount::<contract::AgentMetrics, _, _>(router, agent, |agent, _| async move {
         let text = crate::metrics::text(&agent);

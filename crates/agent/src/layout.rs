@@ -192,6 +192,11 @@ impl PoolDirs {
         self.image(image).join("image.json")
     }
 
+    /// Where what is read into or out of a repository lies meanwhile.
+    pub fn staging(&self) -> PathBuf {
+        self.path.join("staging")
+    }
+
     /// Where VMs are.
     pub fn vms(&self) -> PathBuf {
         self.path.join("vms")

@@ -25,6 +25,7 @@ pub mod snapshot;
 pub mod launcher;
 pub mod qemu;
 
+pub mod backup;
 pub mod console;
 pub mod disk;
 pub mod fittings;

@@ -66,6 +66,9 @@ pub enum Fault {
     /// It lies on another file.
     #[error("it names a backing file")]
     BackingFile,
+    /// It lies on a file that no layer lies on.
+    #[error("it names a backing file that is no layer and not the image")]
+    OtherBackingFile,
     /// Its data is in another file.
     #[error("it names a data file")]
     DataFile,
@@ -101,6 +104,21 @@ pub enum Fault {
 /// # Errors
 /// The first thing that is wrong with it.
 pub fn check(head: &[u8], length: u64) -> Result<Head, Fault> {
+    check_as(head, length, None)
+}
+
+/// The same of a layer, which may name the file that it lies on if `may_lie_on` takes the name.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn check_layer(head: &[u8], length: u64, may_lie_on: &dyn Fn(&str) -> bool) -> Result<Head, Fault> {
+    check_as(head, length, Some(may_lie_on))
+}
+
+/// Whether a file may lie on one of this name.
+type Below<'a> = Option<&'a dyn Fn(&str) -> bool>;
+
+fn check_as(head: &[u8], length: u64, below: Below<'_>) -> Result<Head, Fault> {
     if head.get(..4) != Some(&MAGIC) {
         return Err(Fault::NotQcow2);
     }
@@ -109,9 +127,7 @@ pub fn check(head: &[u8], length: u64) -> Result<Head, Fault> {
     if !(2..=3).contains(&version) {
         return Err(Fault::Version(version));
     }
-    if fields.u64(8)? != 0 || fields.u32(16)? != 0 {
-        return Err(Fault::BackingFile);
-    }
+    check_below(&fields, below)?;
     if fields.u32(32)? != 0 {
         return Err(Fault::Encrypted);
     }
@@ -127,8 +143,22 @@ pub fn check(head: &[u8], length: u64) -> Result<Head, Fault> {
     if fields.u32(60)? != 0 {
         return Err(Fault::InternalSnapshots);
     }
-    check_extensions(&fields, head_length, 1 << cluster_bits)?;
+    check_extensions(&fields, head_length, 1 << cluster_bits, below.is_some())?;
     Ok(Head { virtual_size_bytes, version })
+}
+
+fn check_below(fields: &Fields<'_>, below: Below<'_>) -> Result<(), Fault> {
+    let (offset, length) = (fields.u64(8)?, fields.u32(16)?);
+    if offset == 0 && length == 0 {
+        return Ok(());
+    }
+    let Some(may_lie_on) = below else { return Err(Fault::BackingFile) };
+    let from = usize::try_from(offset).unwrap_or(usize::MAX);
+    let to = from.saturating_add(usize::try_from(length).unwrap_or(usize::MAX));
+    match fields.head.get(from..to).map(str::from_utf8) {
+        Some(Ok(name)) if may_lie_on(name) => Ok(()),
+        _ => Err(Fault::OtherBackingFile),
+    }
 }
 
 fn check_version_3(fields: &Fields<'_>) -> Result<usize, Fault> {
@@ -190,7 +220,12 @@ fn check_tables(fields: &Fields<'_>, cluster_bits: u32) -> Result<u64, Fault> {
     Ok(virtual_size)
 }
 
-fn check_extensions(fields: &Fields<'_>, from: usize, cluster: usize) -> Result<(), Fault> {
+fn check_extensions(
+    fields: &Fields<'_>,
+    from: usize,
+    cluster: usize,
+    may_have_backing: bool,
+) -> Result<(), Fault> {
     let end = cluster.min(HEAD_BYTES);
     let mut at = from;
     // A head of version 2 with nothing after it, in a cluster of its own, ends in zeros: that is an end too.
@@ -201,7 +236,7 @@ fn check_extensions(fields: &Fields<'_>, from: usize, cluster: usize) -> Result<
             EXTENSION_END => return Ok(()),
             EXTENSION_ENCRYPTION => return Err(Fault::Encrypted),
             EXTENSION_DATA_FILE => return Err(Fault::DataFile),
-            EXTENSION_BACKING_FORMAT => return Err(Fault::BackingFile),
+            EXTENSION_BACKING_FORMAT if !may_have_backing => return Err(Fault::BackingFile),
             _ => {}
         }
         at = match at.checked_add(8).and_then(|at| at.checked_add(length.checked_next_multiple_of(8)?)) {

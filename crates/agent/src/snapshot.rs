@@ -36,10 +36,12 @@ pub mod clone;
 pub mod deletion;
 mod diff;
 mod disk;
+mod export;
 pub mod hashes;
 mod held;
 pub mod identity;
 pub mod image;
+mod import;
 pub mod layers;
 pub mod lending;
 pub mod memory;
@@ -52,6 +54,8 @@ pub mod verify;
 mod working_set;
 
 pub use diff::compare;
+pub use export::export;
+pub use import::{drop_fetched, fetch, make_vm};
 pub use ready::{Warm, drop_ready, drop_unwanted, make_ready};
 pub use restore::{Target, restore};
 

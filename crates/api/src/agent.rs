@@ -14,6 +14,7 @@ use berth_model::image::{Image, PartRole};
 use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
 use berth_model::operation::Progress;
+use berth_model::repository::{Backup, BackupContents, ExportFacts, ImportFacts, RepositoryAccess};
 use berth_model::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
 use berth_model::verification::VerificationFacts;
 use berth_model::vm::{GuestState, PortForward, VmSpec, VmState};
@@ -164,6 +165,52 @@ pub enum TaskSpec {
         /// Which.
         snapshot: SnapshotId,
     },
+    /// Put a snapshot into a repository. The VM is left alone, and this waits for none of its other tasks.
+    ExportSnapshot {
+        /// The VM.
+        vm: VmId,
+        /// Its pool.
+        pool: Name,
+        /// Its snapshot.
+        snapshot: SnapshotId,
+        /// What the backup says of itself.
+        contents: Box<BackupContents>,
+        /// The operation: it gets one backup, however often it is tried.
+        operation: OperationId,
+        /// The repository.
+        access: Box<RepositoryAccess>,
+    },
+    /// Bring a backup's files here, checked, for a VM that is to be made of them, and its image into the pool.
+    FetchBackup {
+        /// The VM that is to be.
+        vm: VmId,
+        /// The pool.
+        pool: Name,
+        /// What the backup says of itself.
+        contents: Box<BackupContents>,
+        /// The backup's id.
+        backup: String,
+        /// The repository.
+        access: Box<RepositoryAccess>,
+    },
+    /// Remove what was fetched for a VM; nothing if there is none.
+    DropFetched {
+        /// The VM that was to be.
+        vm: VmId,
+        /// The pool.
+        pool: Name,
+    },
+    /// Make a new VM of what was fetched for it, and start it; nothing if it runs.
+    ImportVm {
+        /// The new VM. Its first layer is its writable one, on the snapshot's.
+        definition: Box<VmDefinition>,
+        /// The snapshot that was fetched.
+        snapshot: SnapshotId,
+        /// What it becomes among the new VM's own; none: start from the disk alone, and keep no snapshot.
+        first_snapshot: Option<SnapshotId>,
+        /// Hold the guest.
+        paused: bool,
+    },
     /// Remove a snapshot's memory, and its layers where nothing else needs them.
     DeleteSnapshot {
         /// Which.
@@ -246,6 +293,16 @@ pub enum TaskOutput {
         facts: CloneFacts,
         /// The state that it was brought to.
         state: VmState,
+    },
+    /// A snapshot was put into a repository.
+    Exported {
+        /// What was measured.
+        facts: ExportFacts,
+    },
+    /// A backup's files are here.
+    Fetched {
+        /// What was measured.
+        facts: ImportFacts,
     },
     /// The guest said that it is ready.
     Ready {
@@ -483,6 +540,40 @@ pub struct CompareQuery {
     pub list: Option<usize>,
 }
 
+/// A repository that is to be opened, or made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OpenRepository {
+    /// The repository.
+    pub access: RepositoryAccess,
+    /// Make it, where there is none.
+    pub init: bool,
+}
+
+/// A backup that is asked about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RepositoryContents {
+    /// The repository.
+    pub access: RepositoryAccess,
+    /// The beginning of the backup's id.
+    pub backup: String,
+}
+
+/// What is in a repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BackupList {
+    /// The backups, the oldest first.
+    pub backups: Vec<Backup>,
+}
+
+/// A backup with what it says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FoundBackup {
+    /// The backup.
+    pub backup: Backup,
+    /// What it says of itself.
+    pub contents: BackupContents,
+}
+
 crate::endpoints! {
     /// What this host has and can do.
     InventoryShow: GET "/v1/inventory", Json, HostView, path Nothing, query Nothing, body (), reply Inventory;
@@ -500,6 +591,12 @@ crate::endpoints! {
     DeletionForecast: GET "/v1/vms/{vm}/snapshots/{snapshot}/deletion", Json, SnapshotView, path AgentSnapshotPath, query Nothing, body (), reply DeletionFacts;
     /// What differs between two snapshots of a VM. Takes as long as reading the directories of its disk.
     SnapshotCompare: GET "/v1/vms/{vm}/snapshots/{from}/compare/{to}", Json, SnapshotDiff, path ComparePath, query CompareQuery, body (), reply SnapshotDiff;
+    /// Open a repository from this host, or make it.
+    RepositoryOpen: POST "/v1/repository/open", Json, RepositoryManage, path Nothing, query Nothing, body OpenRepository, reply ();
+    /// What is in a repository.
+    RepositoryList: POST "/v1/repository/list", Json, SnapshotImport, path Nothing, query Nothing, body RepositoryAccess, reply BackupList;
+    /// What a backup is of.
+    RepositoryLook: POST "/v1/repository/look", Json, SnapshotImport, path Nothing, query Nothing, body RepositoryContents, reply FoundBackup;
     /// Put a part of an image into a pool, checking it.
     PoolImageUpload: PUT "/v1/pools/{pool}/images/{image}/parts/{role}", Upload, ImageImport, path PoolImagePath, query PartQuery, body (), reply StoredPart;
     /// The agent's metrics, in Prometheus' text format.

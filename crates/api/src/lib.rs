@@ -10,6 +10,7 @@
 pub mod endpoint;
 
 pub mod agent;
+pub mod backup;
 pub mod manager;
 
 pub mod join;

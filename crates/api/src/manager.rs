@@ -8,6 +8,7 @@ use berth_model::host::Host;
 use berth_model::image::{Image, ImagePart, PartRole};
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationState};
+use berth_model::repository::Repository;
 use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::{Firmware, Nic, Vm};
@@ -15,11 +16,13 @@ use berth_model::{ApprovalId, GrantId, HostId, OperationId, SegmentId, Timestamp
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::agent::BackupList;
 use crate::endpoint::Nothing;
 
 mod access;
 mod audit;
 mod login;
+mod repository;
 mod schedule;
 mod snapshot;
 
@@ -29,6 +32,7 @@ pub use audit::{
     ConsistencyQuery, InclusionProof, InclusionQuery,
 };
 pub use login::*;
+pub use repository::{CreateRepository, ExportSnapshot, ImportSnapshot};
 pub use schedule::{CreateSchedule, Doomed, ScheduleListQuery, ScheduleReport, ScheduledVm, UpdateSchedule};
 pub use snapshot::{CloneSnapshot, CreateSnapshot, DIFF_LIST_MAX, DiffQuery, RestoreVm, VerifySnapshot};
 
@@ -160,6 +164,8 @@ paths! {
     GrantPath { /** Id. */ grant: GrantId }
     /// A policy in a path.
     PolicyPath { /** Id or name. */ policy: String }
+    /// A repository in a path.
+    RepositoryPath { /** Id or name. */ repository: String }
     /// A schedule in a path.
     SchedulePath { /** Id, or `segment/name`. */ schedule: String }
     /// An approval in a path.
@@ -645,6 +651,21 @@ crate::endpoints! {
     SnapshotClone: POST "/v1/vms/{vm}/snapshots/{snapshot}/clone", Json, SnapshotClone, path SnapshotPath, query ChangeQuery, body CloneSnapshot, reply OperationRef;
     /// See whether a snapshot is still what it was; the verdict is kept with it.
     SnapshotVerify: POST "/v1/vms/{vm}/snapshots/{snapshot}/verify", Json, SnapshotVerify, path SnapshotPath, query ChangeQuery, body VerifySnapshot, reply OperationRef;
+    /// Put a snapshot into a repository; it takes `repository.view` on that as well.
+    SnapshotExport: POST "/v1/vms/{vm}/snapshots/{snapshot}/export", Json, SnapshotExport, path SnapshotPath, query ChangeQuery, body ExportSnapshot, reply OperationRef;
+
+    /// The repositories.
+    RepositoryList: GET "/v1/repositories", Json, RepositoryView, path Nothing, query PageQuery, body (), reply Page<Repository>;
+    /// Make a repository known, which a host has opened or made first.
+    RepositoryCreate: POST "/v1/repositories", Json, RepositoryManage, path Nothing, query Nothing, body CreateRepository, reply Repository;
+    /// One repository.
+    RepositoryShow: GET "/v1/repositories/{repository}", Json, RepositoryView, path RepositoryPath, query Nothing, body (), reply Repository;
+    /// Forget a repository and its keys; what is in it stays.
+    RepositoryDelete: DELETE "/v1/repositories/{repository}", Json, RepositoryManage, path RepositoryPath, query Nothing, body (), reply ();
+    /// The backups in a repository, read by a host.
+    RepositoryBackups: GET "/v1/repositories/{repository}/backups", Json, SnapshotImport, path RepositoryPath, query Nothing, body (), reply BackupList;
+    /// Make a new VM from a backup; it takes `vm.create` in the segment as well.
+    SnapshotImport: POST "/v1/repositories/{repository}/import", Json, SnapshotImport, path RepositoryPath, query ChangeQuery, body ImportSnapshot, reply OperationRef;
     /// What differs between this snapshot of a VM and another one.
     SnapshotDiff: GET "/v1/vms/{vm}/snapshots/{snapshot}/diff", Json, SnapshotDiff, path SnapshotPath, query DiffQuery, body (), reply berth_model::diff::SnapshotDiff;
     /// Put a VM back to a snapshot, running as it was then.

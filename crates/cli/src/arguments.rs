@@ -4,8 +4,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::output::Format;
 use crate::{
-    access, approval, audit, daemon, grant, host, image, login, migration, operation, own, policy, role,
-    schedule, segment, snapshot, team, token, up, user, vm,
+    access, approval, audit, daemon, grant, host, image, login, migration, operation, own, policy,
+    repository, role, schedule, segment, snapshot, team, token, up, user, vm,
 };
 
 const AFTER: &str = "\
@@ -56,6 +56,9 @@ pub enum Command {
     /// What is asked of a manager.
     #[command(flatten)]
     Noun(Noun),
+    /// Work on a repository for the agent, which starts this itself
+    #[command(hide = true, name = berth_api::backup::WORKER_COMMAND)]
+    BackupWorker,
     /// Print completions for a shell
     Completions {
         /// Which shell
@@ -103,6 +106,12 @@ pub enum Noun {
         /// What to do.
         #[command(subcommand)]
         verb: snapshot::Verb,
+    },
+    /// Places for backups, off the hosts
+    Repository {
+        /// What to do.
+        #[command(subcommand)]
+        verb: repository::Verb,
     },
     /// Snapshots by the clock, and what is kept of them
     Schedule {

@@ -20,6 +20,7 @@ mod up;
 mod access;
 mod approval;
 mod audit;
+mod backup_worker;
 mod console;
 mod grant;
 mod host;
@@ -30,6 +31,7 @@ mod migration;
 mod operation;
 mod own;
 mod policy;
+mod repository;
 mod role;
 mod schedule;
 mod segment;
@@ -54,6 +56,7 @@ use session::Session;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
+        Ok(Cli { command: Command::BackupWorker, .. }) => return backup_worker::run(),
         Ok(cli) => cli,
         Err(error) => return exit::usage(&error, std::env::args_os()),
     };
@@ -74,6 +77,8 @@ fn run(command: Command, output: &Output) -> Result<(), Failure> {
         Command::Logout => block_on(login::logout(output)),
         Command::Noun(Noun::Audit { verb }) if audit::is_offline(&verb) => audit::run_offline(&verb, output),
         Command::Noun(noun) => block_on(async { ask(noun, &Session::open(output.clone())?).await }),
+        // It speaks another language, and has its own way out.
+        Command::BackupWorker => Ok(()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "berth", &mut script);
@@ -93,6 +98,7 @@ async fn ask(noun: Noun, session: &Session) -> Result<(), Failure> {
         Noun::Image { verb } => image::run(session, verb).await,
         Noun::Vm { verb } => vm::run(session, verb).await,
         Noun::Snapshot { verb } => snapshot::run(session, verb).await,
+        Noun::Repository { verb } => repository::run(session, verb).await,
         Noun::Schedule { verb } => schedule::run(session, verb).await,
         Noun::Migration { verb } => migration::run(session, verb).await,
         Noun::Operation { verb } => operation::run(session, verb).await,

@@ -189,6 +189,12 @@ pub fn outcome(operation: &Operation, hosts: &HostNames) -> String {
                 snapshot::verification_in_words(verification, facts)
             )
         }
+        Some(OperationResult::Export { facts, .. }) => {
+            format!("{} is exported, {}", operation.subject, snapshot::export_in_words(facts))
+        }
+        Some(OperationResult::Import { facts, .. }) => {
+            format!("{} is made, {}", operation.subject, snapshot::import_in_words(facts))
+        }
         Some(OperationResult::Done) | None => format!("{} of {} is done", operation.kind, operation.subject),
     }
 }
@@ -252,6 +258,13 @@ fn facts(operation: &Operation, hosts: &HostNames) -> Facts {
         Some(OperationResult::Verification { snapshot, verification, facts: read }) => facts
             .with("snapshot", snapshot)
             .with("verdict", snapshot::verification_in_words(verification, read)),
+        Some(OperationResult::Export { facts: exported, snapshot }) => facts
+            .with("snapshot", snapshot)
+            .with("backup", &exported.backup)
+            .with("cost", snapshot::export_in_words(exported)),
+        Some(OperationResult::Import { facts: imported, backup }) => {
+            facts.with("backup", backup).with("cost", snapshot::import_in_words(imported))
+        }
         Some(OperationResult::Done) | None => facts,
     }
 }

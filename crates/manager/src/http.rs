@@ -14,6 +14,7 @@ pub mod login;
 pub mod operation;
 pub mod own;
 pub mod policy;
+pub mod repository;
 pub mod role;
 pub mod schedule;
 pub mod segment;
@@ -43,6 +44,7 @@ pub fn mount(door: Door) -> Door {
     let door = console::mount(door);
     let door = snapshot::mount(door);
     let door = schedule::mount(door);
+    let door = repository::mount(door);
     let door = operation::mount(door);
     let door = audit::mount(door);
     let door = user::mount(door);

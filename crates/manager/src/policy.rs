@@ -313,6 +313,7 @@ const fn seeing(kind: ResourceKind) -> Option<Action> {
         ResourceKind::Vm => Action::VmView,
         ResourceKind::Snapshot => Action::SnapshotView,
         ResourceKind::Schedule => Action::ScheduleView,
+        ResourceKind::Repository => Action::RepositoryView,
         ResourceKind::Operation => Action::OperationView,
         ResourceKind::User | ResourceKind::Token | ResourceKind::Team => Action::UserView,
         ResourceKind::Role | ResourceKind::Grant => Action::GrantView,

@@ -27,7 +27,7 @@ use tokio::sync::watch;
 
 pub use copy::Row;
 pub use name::UniqueName;
-pub use noun::{Debt, FixedPorts, ImagePlace, Record, TABLES};
+pub use noun::{Debt, FixedPorts, ImagePlace, Record, RepositoryKeysRow, TABLES};
 pub use page::page;
 pub use transaction::Transaction;
 

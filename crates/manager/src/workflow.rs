@@ -23,6 +23,10 @@ pub mod clone;
 
 pub mod verify;
 
+pub mod export;
+
+pub mod import;
+
 pub mod migration;
 
 pub mod delete;
@@ -45,6 +49,8 @@ pub(crate) const fn makes_well(kind: OperationKind) -> bool {
         | OperationKind::SnapshotCreate
         | OperationKind::SnapshotClone
         | OperationKind::SnapshotVerify
+        | OperationKind::SnapshotExport
+        | OperationKind::SnapshotImport
         | OperationKind::SnapshotDelete
         | OperationKind::ImageDelete => false,
     }

@@ -137,6 +137,8 @@ actions! {
     SnapshotView = "snapshot.view" in View;
     /// See schedules, and how their runs went.
     ScheduleView = "schedule.view" in View;
+    /// See repositories; whoever may export into one has to see it.
+    RepositoryView = "repository.view" in View;
     /// See operations.
     OperationView = "operation.view" in View;
     /// Start, restart and resume.
@@ -161,6 +163,10 @@ actions! {
     SnapshotDiff = "snapshot.diff" in Data;
     /// Read memory images: all that a guest knew at that moment.
     SnapshotMemory = "snapshot.memory" in Data;
+    /// Put snapshots into a repository: all that the VM has and knew leaves the cluster.
+    SnapshotExport = "snapshot.export" in Data;
+    /// Say what is in a repository, and make VMs of it: asked of the repository, whosever VMs are in it.
+    SnapshotImport = "snapshot.import" in Data;
     /// Make VMs.
     VmCreate = "vm.create" in Configure;
     /// Change a VM's settings.
@@ -175,6 +181,8 @@ actions! {
     SnapshotDelete = "snapshot.delete" in Configure;
     /// Make, change, pause, run and delete schedules.
     ScheduleManage = "schedule.manage" in Configure;
+    /// Make repositories known, and forget them.
+    RepositoryManage = "repository.manage" in Configure;
     /// Bring images in.
     ImageImport = "image.import" in Configure;
     /// Delete unused images.

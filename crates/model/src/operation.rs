@@ -16,6 +16,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::MigrationReport;
+use crate::repository::{ExportFacts, ImportFacts};
 use crate::snapshot::{CloneFacts, DeletionFacts, RestoreFacts, SnapshotFacts};
 use crate::verification::{Verification, VerificationFacts};
 use crate::{ImageId, OperationId, Problem, SegmentId, SnapshotId, Timestamp, VmId};
@@ -67,6 +68,12 @@ pub enum OperationKind {
     /// Delete a snapshot.
     #[serde(rename = "snapshot.delete")]
     SnapshotDelete,
+    /// Put a snapshot into a repository.
+    #[serde(rename = "snapshot.export")]
+    SnapshotExport,
+    /// Make a new VM from a backup.
+    #[serde(rename = "snapshot.import")]
+    SnapshotImport,
     /// Delete an image everywhere.
     #[serde(rename = "image.delete")]
     ImageDelete,
@@ -74,7 +81,7 @@ pub enum OperationKind {
 
 impl OperationKind {
     /// Every kind.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::VmCreate,
         Self::VmStart,
         Self::VmShutdown,
@@ -89,6 +96,8 @@ impl OperationKind {
         Self::SnapshotClone,
         Self::SnapshotVerify,
         Self::SnapshotDelete,
+        Self::SnapshotExport,
+        Self::SnapshotImport,
         Self::ImageDelete,
     ];
 
@@ -109,6 +118,8 @@ impl OperationKind {
             Self::SnapshotClone => "snapshot.clone",
             Self::SnapshotVerify => "snapshot.verify",
             Self::SnapshotDelete => "snapshot.delete",
+            Self::SnapshotExport => "snapshot.export",
+            Self::SnapshotImport => "snapshot.import",
             Self::ImageDelete => "image.delete",
         }
     }
@@ -226,6 +237,20 @@ pub enum OperationResult {
         verification: Verification,
         /// What reading it has shown.
         facts: VerificationFacts,
+    },
+    /// A snapshot was put into a repository.
+    Export {
+        /// Which.
+        snapshot: SnapshotId,
+        /// What it cost.
+        facts: ExportFacts,
+    },
+    /// A VM was made from a backup.
+    Import {
+        /// The backup's id in its repository.
+        backup: String,
+        /// What it cost.
+        facts: ImportFacts,
     },
     /// A VM was moved.
     Migration {

@@ -122,3 +122,23 @@ fn no_single_byte_breaks_the_reader() {
         }
     }
 }
+
+#[test]
+fn a_layer_lies_on_what_it_may_lie_on_and_nothing_else() {
+    use crate::snapshot::overlay::{Below, content};
+    let layer = |path| content(1 << 30, Some(Below { path, format: "qcow2" })).expect("a layer");
+    let own = layer("layer-0000000000000001.qcow2");
+    let length = own.len() as u64;
+    let may = |name: &str| name == "layer-0000000000000001.qcow2";
+    assert_eq!(check_layer(&own, length, &may).expect("ours").virtual_size_bytes, 1 << 30);
+    assert_eq!(check(&own, length), Err(Fault::BackingFile), "as an image it is none");
+    for stranger in ["/etc/shadow", "../layer-0000000000000001.qcow2", "json:{}", "nbd://192.0.2.1/x"] {
+        assert_eq!(check_layer(&layer(stranger), length, &may), Err(Fault::OtherBackingFile), "{stranger}");
+    }
+    let mut far = own.clone();
+    put64(&mut far, 8, u64::MAX - 4);
+    assert_eq!(check_layer(&far, length, &may), Err(Fault::OtherBackingFile));
+    let mut data = own;
+    put64(&mut data, 72, INCOMPATIBLE_DATA_FILE);
+    assert_eq!(check_layer(&data, length, &may), Err(Fault::DataFile));
+}

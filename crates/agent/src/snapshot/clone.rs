@@ -33,7 +33,7 @@ use std::time::Instant;
 use berth_api::agent::{TaskOutput, TaskSpec, VmDefinition};
 use berth_model::snapshot::CloneFacts;
 use berth_model::vm::VmState;
-use berth_model::{LayerId, Problem, ProblemCode, SnapshotId, VmId};
+use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 use berth_qmp::commands::{QueryStatus, RunState};
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
@@ -54,13 +54,19 @@ use crate::vm::{VmRuntime, files, lifecycle};
 const COPY_BYTES: usize = 1 << 20;
 
 /// What is to be made.
-struct Wish<'a> {
-    definition: &'a VmDefinition,
-    origin: &'a VmId,
-    snapshot: &'a SnapshotId,
-    first_snapshot: Option<&'a SnapshotId>,
-    share: bool,
-    paused: bool,
+pub(super) struct Wish<'a> {
+    /// The new VM.
+    pub(super) definition: &'a VmDefinition,
+    /// Where the frozen files are.
+    pub(super) origin: VmDirs,
+    /// The snapshot there.
+    pub(super) snapshot: &'a SnapshotId,
+    /// What it becomes.
+    pub(super) first_snapshot: Option<&'a SnapshotId>,
+    /// Link the files, or copy them.
+    pub(super) share: bool,
+    /// Hold the guest.
+    pub(super) paused: bool,
 }
 
 /// Makes a new VM from another one's snapshot and starts it.
@@ -68,14 +74,13 @@ struct Wish<'a> {
 /// # Errors
 /// When the snapshot is not here or not whole, the disk is full, or QEMU can't load it: nothing is left then.
 pub async fn clone_vm(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, Problem> {
-    let started = Instant::now();
     let TaskSpec::CloneVm { definition, origin, snapshot, first_snapshot, share, paused } = &task.put().spec
     else {
         return Err(Problem::new(ProblemCode::Internal, "this task makes no VM from a snapshot"));
     };
     let wish = Wish {
         definition,
-        origin,
+        origin: vm.services().layout.vm(origin, &definition.spec.pool)?,
         snapshot,
         first_snapshot: first_snapshot.as_ref(),
         share: *share,
@@ -83,9 +88,22 @@ pub async fn clone_vm(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutp
     };
     lifecycle::check_identity(vm, definition)?;
     task.phase("cloning");
-    let runs = match bring_up(vm, task, &wish).await {
+    make_and_start(vm, task, &wish).await
+}
+
+/// Makes a VM of frozen files that are somewhere on this host.
+///
+/// # Errors
+/// As [`clone_vm`].
+pub(super) async fn make_and_start(
+    vm: &mut VmRuntime,
+    task: &TaskContext,
+    wish: &Wish<'_>,
+) -> Result<TaskOutput, Problem> {
+    let started = Instant::now();
+    let runs = match bring_up(vm, task, wish).await {
         Ok(runs) => runs,
-        Err(problem) => return Err(remove(vm, &wish, problem).await),
+        Err(problem) => return Err(remove(vm, wish, problem).await),
     };
     let after_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     let (state, running_us) = if runs { (VmState::Running, after_us) } else { (VmState::Paused, 0) };
@@ -93,7 +111,7 @@ pub async fn clone_vm(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutp
     if let Some(top) = vm.chain()?.last() {
         layers::sync(&vm.dirs()?.layer(top)).await?;
     }
-    let stored = stored_bytes(vm, &wish).await?;
+    let stored = stored_bytes(vm, wish).await?;
     let (shared_bytes, copied_bytes) = if wish.share { (stored, 0) } else { (0, stored) };
     let facts = CloneFacts { running_us, shared_bytes, copied_bytes };
     Ok(TaskOutput::Cloned { facts, state })
@@ -137,7 +155,7 @@ async fn is_up(vm: &VmRuntime, wish: &Wish<'_>) -> Result<Option<bool>, Problem>
 async fn make(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result<(), Problem> {
     let services = Arc::clone(vm.services());
     let dirs = vm.dirs()?.clone();
-    let origin = services.layout.vm(wish.origin, &wish.definition.spec.pool)?;
+    let origin = wish.origin.clone();
     let reader = services.user_id(wish.definition.number);
     files::make_directories(&services, &dirs, wish.definition).await?;
     let mut manifest = archive::read(&origin, wish.snapshot)?;
@@ -244,15 +262,23 @@ async fn make_nvram(
 
 /// Takes what is frozen over from the origin. Blocks.
 #[derive(Clone)]
-struct Taking {
-    origin: VmDirs,
-    dirs: VmDirs,
-    share: bool,
-    task: TaskContext,
+pub(super) struct Taking {
+    /// Where they are.
+    pub(super) origin: VmDirs,
+    /// Where they are to be.
+    pub(super) dirs: VmDirs,
+    /// Link them, or copy them.
+    pub(super) share: bool,
+    /// Whether it is still wanted.
+    pub(super) task: TaskContext,
 }
 
 impl Taking {
-    fn layers(&self, layers: &[LayerId]) -> Result<(), Problem> {
+    /// Frozen layers.
+    ///
+    /// # Errors
+    /// When one is not there, or not frozen.
+    pub(super) fn layers(&self, layers: &[LayerId]) -> Result<(), Problem> {
         for layer in layers {
             let (from, to) = (self.origin.layer(layer), self.dirs.layer(layer));
             let found = fs::metadata(&from).map_err(FileError::io(&from, "found"))?;
@@ -269,7 +295,16 @@ impl Taking {
         Ok(layers.last().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
     }
 
-    fn snapshot(&self, from: &SnapshotId, own: &Manifest, reader: Option<u32>) -> Result<(), Problem> {
+    /// A snapshot's files, which become those of this manifest's.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub(super) fn snapshot(
+        &self,
+        from: &SnapshotId,
+        own: &Manifest,
+        reader: Option<u32>,
+    ) -> Result<(), Problem> {
         let source = SnapshotFiles::of(&self.origin, from);
         // A whole one that an earlier try left, which died before the record was written.
         archive::remove(&self.dirs, &own.snapshot)?;

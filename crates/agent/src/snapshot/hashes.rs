@@ -34,7 +34,7 @@ const MAGIC: &[u8; 8] = b"BERTHLH1";
 const FORMAT: u32 = 1;
 const HASH_BYTES: usize = 32;
 /// Mode of the file: nobody but the agent reads it.
-const MODE: u32 = 0o400;
+pub(super) const MODE: u32 = 0o400;
 
 /// The hashes of one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]

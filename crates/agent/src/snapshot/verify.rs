@@ -4,7 +4,7 @@
 //! |---|---|
 //! | the layers | their hashes, a chunk at a time ([`super::hashes`]); their tables must point into their files |
 //! | the image's parts | the SHA-256 that the image has |
-//! | `device.bin` | its BLAKE3 in the manifest |
+//! | `device.bin`, the firmware's variables and the TPM's state | its BLAKE3 in the manifest |
 //! | `pages.idx` | itself, and the identity that the manifest names |
 //! | the memory image | the index, page by page; where the index has zeros and nobody says them, the full image must have a hole |
 //!
@@ -29,6 +29,7 @@ use berth_stream::{Holder, PAGE_BYTES};
 use rustix::fs::SeekFrom;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::archive::{self, ArchiveError, Manifest, MemoryManifest, SnapshotFiles};
 use super::hashes::{self, CHUNK_BYTES, FileState, HashesError, LayerHashes};
@@ -199,6 +200,24 @@ fn total_bytes(dirs: &VmDirs, snapshot: &SnapshotId) -> u64 {
     own + parts.chain(manifest.layers.iter().map(|layer| stored(dirs.layer(layer)))).sum::<u64>()
 }
 
+/// Reads all of a snapshot that came from elsewhere, but for its image, at once and not slowly: a VM is waited for. Its
+/// layers have their hashes then. Blocks.
+///
+/// # Errors
+/// When something can't be read for a reason that says nothing of the snapshot, or it is cancelled.
+pub(super) fn look_at_arrived(
+    dirs: &VmDirs,
+    snapshot: &SnapshotId,
+    cancel: &CancellationToken,
+) -> Result<VerificationFacts, Problem> {
+    let (pace, recent) = (Pace::new(u64::MAX), Recent::default());
+    let mut look = Look::new(dirs, snapshot, Reader::new(&pace, cancel), &recent);
+    if let Some(manifest) = look.manifest()? {
+        look.at_own_files(&manifest)?;
+    }
+    Ok(look.facts())
+}
+
 /// One look at all of a snapshot. Blocks.
 struct Look<'a> {
     dirs: &'a VmDirs,
@@ -221,8 +240,16 @@ impl<'a> Look<'a> {
 
     fn at_everything(&mut self) -> Result<(), Problem> {
         let Some(manifest) = self.manifest()? else { return Ok(()) };
+        self.at_own_files(&manifest)?;
+        self.image(&manifest)
+    }
+
+    /// All but the image.
+    fn at_own_files(&mut self, manifest: &Manifest) -> Result<(), Problem> {
         self.layers()?;
-        self.image(&manifest)?;
+        if let Err(error) = archive::remembered(self.dirs, manifest) {
+            self.archive_fault(error)?;
+        }
         match &manifest.memory {
             Some(memory) => self.memory(memory),
             None => Ok(()),

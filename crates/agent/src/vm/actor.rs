@@ -347,6 +347,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
             snapshot::restore(vm, task, target).await
         }
         TaskSpec::CloneVm { .. } => snapshot::clone::clone_vm(vm, task).await,
+        TaskSpec::ImportVm { .. } => snapshot::make_vm(vm, task).await,
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::deletion::delete(vm, task, snapshot).await,
         TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {
             migration::admit(vm, task, migration, definition, source, *shared_pool).await
@@ -359,6 +360,9 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
         TaskSpec::TakeBack { migration } => migration::take_back(vm, migration).await,
         TaskSpec::FetchImage { .. }
         | TaskSpec::DeleteImage { .. }
+        | TaskSpec::ExportSnapshot { .. }
+        | TaskSpec::FetchBackup { .. }
+        | TaskSpec::DropFetched { .. }
         | TaskSpec::WaitReady { .. }
         | TaskSpec::VerifySnapshot { .. } => {
             Err(Problem::new(ProblemCode::Internal, "this task is not done in a VM's queue"))

@@ -80,6 +80,22 @@ fn lines_that_are_right_are_taken() {
 }
 
 #[test]
+fn lines_about_repositories_that_are_right_are_taken() {
+    for line in [
+        "berth snapshot export books before-close --repository offsite --dry-run",
+        "berth snapshot import 1f3a5b7c --repository offsite --name books-2 --segment lab --cold",
+        "berth snapshot import accounting/books/before-close --repository offsite --name books",
+        "berth repository create offsite --url /srv/backup --password-file p --init",
+        "berth repository create offsite --url sftp://berth@nas/srv --password-file - --key-file k --known-hosts-file h",
+        "berth repository create offsite --url s3://bucket/x?endpoint=https://s3.example --password-file p --key-file k",
+        "berth repository snapshots offsite",
+        "berth repository delete offsite --dry-run",
+    ] {
+        assert!(parses(line), "{line}");
+    }
+}
+
+#[test]
 fn lines_that_are_wrong_are_refused() {
     for line in [
         "berth",

@@ -12,7 +12,7 @@ use http::HeaderMap;
 use http::header::IF_MATCH;
 use http::request::Parts;
 
-use super::target::{self, Located, TheHost, TheImage, TheSegment, TheSnapshot, TheVm};
+use super::target::{self, Located, TheHost, TheImage, TheRepository, TheSegment, TheSnapshot, TheVm};
 use super::{Arrival, Gate, Input};
 use crate::audit::Named;
 use crate::auth::{Principal, UserPrincipal};
@@ -166,6 +166,15 @@ impl Ctx {
     pub fn image_for(&self, segment: &SegmentId, name: &str, action: Action) -> Result<TheImage, Problem> {
         let found = target::image_for(self.cluster(), segment, name);
         self.checked(found, action, &target::absent_image(name))
+    }
+
+    /// A further repository that the request names.
+    ///
+    /// # Errors
+    /// As [`Self::vm`].
+    pub fn repository(&self, name: &str, action: Action) -> Result<TheRepository, Problem> {
+        let found = target::repository(self.cluster(), name);
+        self.checked(found, action, &target::absent_repository(name))
     }
 
     /// A further segment that the request names.

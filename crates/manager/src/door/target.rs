@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use berth_api::endpoint::Endpoint;
 use berth_api::manager::{
-    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, RestoreVm,
-    ScheduleCreate, SchedulePath, Segment, SegmentCreate, SegmentPath, SnapshotPath, Token, TokenPath, User,
-    UserPath, VmCreate, VmPath, VmRestore, WhoCan,
+    CertificateRenew, HostEnrol, HostPath, ImageCreate, ImagePartPath, OperationPath, RepositoryCreate,
+    RepositoryPath, RestoreVm, ScheduleCreate, SchedulePath, Segment, SegmentCreate, SegmentPath,
+    SnapshotPath, Token, TokenPath, User, UserPath, VmCreate, VmPath, VmRestore, WhoCan,
 };
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::operation::Operation;
+use berth_model::repository::Repository;
 use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
@@ -297,6 +298,49 @@ impl<E: Endpoint<Path = OperationPath>> Target<E> for TheOperation {
     }
 }
 
+/// A repository that the path names.
+pub struct TheRepository(pub Arc<Row<Repository>>);
+
+impl<E: Endpoint<Path = RepositoryPath>> Target<E> for TheRepository {
+    const KIND: ResourceKind = ResourceKind::Repository;
+    fn find(cluster: &Cluster, _: &Principal, input: &Input<E>) -> Result<Located<Self>, Problem> {
+        repository(cluster, &input.path.repository)
+    }
+}
+
+/// Where a new repository is to be usable: in a segment, or in all of them.
+pub struct ForRepository(pub Option<SegmentId>);
+
+impl Target<RepositoryCreate> for ForRepository {
+    const KIND: ResourceKind = ResourceKind::Segment;
+    fn find(
+        cluster: &Cluster,
+        _: &Principal,
+        input: &Input<RepositoryCreate>,
+    ) -> Result<Located<Self>, Problem> {
+        let found = segment_or_cluster(cluster, input.body.segment.as_deref())?;
+        Ok(Located {
+            resource: found.resource,
+            target: Self(found.target.map(|segment| segment.value.id.clone())),
+        })
+    }
+}
+
+/// A repository by id or name.
+pub(super) fn repository(cluster: &Cluster, name: &str) -> Result<Located<TheRepository>, Problem> {
+    let found = cluster.records.find_repository(name)?;
+    Ok(Located { resource: repository_resource(cluster, &found), target: TheRepository(found) })
+}
+
+/// A repository in its segment, or in the cluster if it is the cluster's.
+pub fn repository_resource(cluster: &Cluster, repository: &Repository) -> Resource {
+    let parent = match &repository.segment {
+        Some(segment) => segment_resource(cluster, segment),
+        None => Resource::cluster(),
+    };
+    Resource::inside(parent, ResourceKind::Repository, repository.id.as_str(), repository.name.as_str())
+}
+
 /// A schedule that the path names.
 pub struct TheSchedule(pub Arc<Row<Schedule>>);
 
@@ -474,6 +518,10 @@ pub(super) fn absent_host(name: &str) -> Resource {
 
 pub(super) fn absent_image(name: &str) -> Resource {
     Resource::absent(ResourceKind::Image, name)
+}
+
+pub(super) fn absent_repository(name: &str) -> Resource {
+    Resource::absent(ResourceKind::Repository, name)
 }
 
 pub(super) fn absent_segment(name: &str) -> Resource {

@@ -16,6 +16,7 @@ mod nonsense;
 mod quotas;
 mod races;
 mod reading;
+mod repositories;
 pub(crate) mod support;
 mod tokens;
 mod uploads;

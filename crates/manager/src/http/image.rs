@@ -134,7 +134,11 @@ fn default_pool() -> Name {
     POOL_DEFAULT.parse().expect("a name that keeps the rule")
 }
 
-fn check(wish: &CreateImage) -> Result<(), Problem> {
+/// Whether an image can be what somebody says of it.
+///
+/// # Errors
+/// The field that can't.
+pub(crate) fn check(wish: &CreateImage) -> Result<(), Problem> {
     let has = |role: PartRole| wish.parts.iter().any(|part| part.role == role);
     if !has(PartRole::Disk) && !has(PartRole::Kernel) {
         let roles: Vec<&str> = wish.parts.iter().map(|part| part.role.as_str()).collect();

@@ -6,7 +6,7 @@ use berth_api::ClientError;
 use berth_api::agent::{ComparePath, CompareQuery, SnapshotCompare};
 use berth_api::manager::{
     DIFF_LIST_MAX, OperationRef, Page, SnapshotClone, SnapshotCreate, SnapshotDelete, SnapshotDiff,
-    SnapshotList, SnapshotPin, SnapshotShow, SnapshotUnpin, SnapshotVerify,
+    SnapshotExport, SnapshotList, SnapshotPin, SnapshotShow, SnapshotUnpin, SnapshotVerify,
 };
 use berth_model::access::Action;
 use berth_model::operation::OperationKind;
@@ -43,6 +43,7 @@ pub fn mount(door: Door) -> Door {
         .mount(unpin)
         .mount(clone)
         .mount(verify)
+        .mount(export)
 }
 
 async fn show_all(call: Call<SnapshotList, TheVm>) -> Result<Answer<Page<Snapshot>>, Problem> {
@@ -153,6 +154,19 @@ async fn verify(call: Call<SnapshotVerify, TheSnapshot>) -> Result<Answer<Operat
     let (vm, snapshot) = (call.target.vm.value.id.clone(), call.target.snapshot.value.id.clone());
     let request = OperationRequest::SnapshotVerify { vm, snapshot, boot: call.input.body.boot };
     operation::submit(call.ctx.cluster(), Begin::new(call.ctx.actor(), request), dry_run).await
+}
+
+async fn export(call: Call<SnapshotExport, TheSnapshot>) -> Result<Answer<OperationRef>, Problem> {
+    let (ctx, dry_run) = (&call.ctx, call.input.query.dry_run.unwrap_or_default());
+    let repository = ctx.repository(&call.input.body.repository, Action::RepositoryView)?.0;
+    let TheSnapshot { vm, snapshot } = &call.target;
+    let request = OperationRequest::SnapshotExport {
+        origin: vm.value.id.clone(),
+        snapshot: snapshot.value.id.clone(),
+        repository: repository.value.id.clone(),
+    };
+    let begin = Begin { approved: ctx.approved, ..Begin::new(ctx.actor(), request) };
+    operation::submit(ctx.cluster(), begin, dry_run).await
 }
 
 async fn pin(call: Call<SnapshotPin, TheSnapshot>) -> Result<Answer<Snapshot>, Problem> {

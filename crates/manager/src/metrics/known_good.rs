@@ -184,7 +184,11 @@ impl KnownGood {
             OperationResult::Verification { verification, .. } => {
                 self.verdicts.get_or_create(&verdict(verification.is_bad())).inc();
             }
-            OperationResult::Clone { .. } | OperationResult::Migration { .. } | OperationResult::Done => {}
+            OperationResult::Clone { .. }
+            | OperationResult::Export { .. }
+            | OperationResult::Import { .. }
+            | OperationResult::Migration { .. }
+            | OperationResult::Done => {}
         }
     }
 

@@ -39,6 +39,8 @@ macro_rules! for_workflow {
             OperationKind::SnapshotRestore => $call::<workflow::restore::RestoreSnapshot>($($argument),*),
             OperationKind::SnapshotClone => $call::<workflow::clone::CloneSnapshot>($($argument),*),
             OperationKind::SnapshotVerify => $call::<workflow::verify::VerifySnapshot>($($argument),*),
+            OperationKind::SnapshotExport => $call::<workflow::export::ExportSnapshot>($($argument),*),
+            OperationKind::SnapshotImport => $call::<workflow::import::ImportSnapshot>($($argument),*),
             OperationKind::SnapshotDelete => $call::<workflow::snapshot::DeleteSnapshot>($($argument),*),
             OperationKind::ImageDelete => $call::<workflow::image::DeleteImage>($($argument),*),
         }

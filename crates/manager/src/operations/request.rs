@@ -1,11 +1,12 @@
 //! What can be asked for.
 
-use berth_api::manager::{CloneSnapshot, CreateVm, MigrateVm, RestoreVm};
+use berth_api::manager::{CloneSnapshot, CreateVm, ImportSnapshot, MigrateVm, RestoreVm};
 use berth_model::name::Name;
 use berth_model::operation::OperationKind;
+use berth_model::repository::BackupContents;
 use berth_model::schedule::Occasion;
 use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
-use berth_model::{ImageId, SnapshotId, VmId};
+use berth_model::{ImageId, RepositoryId, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
 /// A wish for a change, as it came in.
@@ -104,6 +105,26 @@ pub enum OperationRequest {
         /// Start a clone from it as well.
         boot: bool,
     },
+    /// Put a snapshot into a repository.
+    SnapshotExport {
+        /// Of which VM, which nothing happens to.
+        origin: VmId,
+        /// Which.
+        snapshot: SnapshotId,
+        /// Into which.
+        repository: RepositoryId,
+    },
+    /// Make a new VM from a backup.
+    SnapshotImport {
+        /// In which repository.
+        repository: RepositoryId,
+        /// Its id there.
+        backup: String,
+        /// What it says of itself.
+        contents: Box<BackupContents>,
+        /// What it is to be; the segment is named.
+        wish: ImportSnapshot,
+    },
     /// Delete a snapshot.
     SnapshotDelete {
         /// Of which VM.
@@ -135,6 +156,8 @@ impl OperationRequest {
             Self::SnapshotRestore { .. } => OperationKind::SnapshotRestore,
             Self::SnapshotClone { .. } => OperationKind::SnapshotClone,
             Self::SnapshotVerify { .. } => OperationKind::SnapshotVerify,
+            Self::SnapshotExport { .. } => OperationKind::SnapshotExport,
+            Self::SnapshotImport { .. } => OperationKind::SnapshotImport,
             Self::SnapshotDelete { .. } => OperationKind::SnapshotDelete,
             Self::ImageDelete { .. } => OperationKind::ImageDelete,
         }
@@ -146,6 +169,8 @@ impl OperationRequest {
             Self::VmCreate { .. }
             | Self::SnapshotClone { .. }
             | Self::SnapshotVerify { .. }
+            | Self::SnapshotExport { .. }
+            | Self::SnapshotImport { .. }
             | Self::ImageDelete { .. } => None,
             Self::VmStart { vm }
             | Self::VmShutdown { vm, .. }

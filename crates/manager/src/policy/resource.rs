@@ -47,6 +47,8 @@ kinds! {
     Snapshot = "snapshot";
     /// A schedule of snapshots.
     Schedule = "schedule";
+    /// A place for backups.
+    Repository = "repository";
     /// An operation.
     Operation = "operation";
     /// A user.

@@ -6,10 +6,11 @@ use berth_api::manager::Segment;
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
+use berth_model::repository::Repository;
 use berth_model::schedule::Schedule;
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::Vm;
-use berth_model::{HostId, ImageId, Problem, ScheduleId, SegmentId, SnapshotId, VmId};
+use berth_model::{HostId, ImageId, Problem, RepositoryId, ScheduleId, SegmentId, SnapshotId, VmId};
 
 use super::copy::Row;
 use super::name::UniqueName;
@@ -95,6 +96,14 @@ impl Records {
             Some(row) => format!("{}/{}", row.name, image.name),
             None => format!("{segment}/{}", image.name),
         }
+    }
+
+    /// A repository by its id or name.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn find_repository(&self, text: &str) -> Result<Arc<Row<Repository>>, Problem> {
+        self.find_in_cluster(text, text.parse::<RepositoryId>().is_ok())
     }
 
     /// A segment by its id or name.

@@ -5,10 +5,11 @@ use berth_api::manager::{Approval, Grant, Policy, Role, Segment, Team, User};
 use berth_model::host::Host;
 use berth_model::image::Image;
 use berth_model::name::Name;
+use berth_model::repository::{Repository, RepositoryKeys};
 use berth_model::schedule::{Part, Schedule};
 use berth_model::snapshot::Snapshot;
 use berth_model::vm::{PortForward, Vm};
-use berth_model::{HostId, ImageId, Timestamp, VmId};
+use berth_model::{HostId, ImageId, RepositoryId, Timestamp, VmId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,8 @@ pub const TABLES: &[fn() -> Table] = &[
     Table::of::<Snapshot>,
     Table::of::<Schedule>,
     Table::of::<Part>,
+    Table::of::<Repository>,
+    Table::of::<RepositoryKeysRow>,
     Table::of::<OperationRow>,
     Table::of::<Debt>,
     Table::of::<FixedPorts>,
@@ -80,6 +83,8 @@ records! {
     Snapshot: "/snapshots/", "snapshot", |snapshot| format!("{}/{}", snapshot.vm, snapshot.id);
     Schedule: "/schedules/", "schedule", |schedule| schedule.id.to_string();
     Part: "/schedule-parts/", "part of a schedule", |part| format!("{}/{}", part.schedule, part.vm);
+    Repository: "/repositories/", "repository", |repository| repository.id.to_string();
+    RepositoryKeysRow: "/repository-keys/", "keys of a repository", |row| row.repository.to_string();
     OperationRow: "/operations/", "operation", |row| row.operation.id.to_string();
     FixedPorts: "/fixed-ports/", "fixed ports", |ports| ports.vm.to_string();
     Team: "/teams/", "team", |team| team.id.to_string();
@@ -106,6 +111,15 @@ impl ImagePlace {
     pub fn id_of(image: &ImageId, pool_uuid: &str) -> String {
         format!("{image}/{pool_uuid}")
     }
+}
+
+/// What opens a repository. Apart from the repository itself, so that nothing that shows that can show this.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepositoryKeysRow {
+    /// The repository.
+    pub repository: RepositoryId,
+    /// What opens it.
+    pub keys: RepositoryKeys,
 }
 
 /// Ports of the host that a VM was wished to have forwarded. The others are any free ones, chosen anew by each host; in

@@ -154,11 +154,16 @@ pub(super) fn as_wish(
 
 /// An interface of the same kind, with addresses of its own: one that was given is given anew where the cluster has
 /// addresses to give, and asked for otherwise.
-fn new_nic(cluster: &Cluster, nic: &Nic) -> NewNic {
+pub(super) fn new_nic(cluster: &Cluster, nic: &Nic) -> NewNic {
     let plain = nic.address.as_ref().and_then(|text| text.split('/').next()?.parse().ok());
     let ours = cluster.settings.addresses.zip(plain).is_some_and(|(range, plain)| range.contains(plain));
+    nic_like(nic, ours)
+}
+
+/// An interface of the same kind, whose address the cluster gives, or which asks for one.
+pub(super) fn nic_like(nic: &Nic, given: bool) -> NewNic {
     let forwards = nic.forwards.iter().map(|forward| PortForward { host_port: 0, ..forward.clone() });
-    NewNic { mac: None, address: (!ours).then(|| DHCP.to_owned()), forwards: forwards.collect() }
+    NewNic { mac: None, address: (!given).then(|| DHCP.to_owned()), forwards: forwards.collect() }
 }
 
 /// The snapshot as the clone's own, which is its baseline.

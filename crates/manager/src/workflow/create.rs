@@ -7,6 +7,7 @@
 
 use berth_api::agent::TaskSpec;
 use berth_api::manager::CreateVm as Wish;
+use berth_model::image::Image;
 use berth_model::operation::OperationKind;
 use berth_model::vm::{GuestState, Vm, VmSpec, VmState, VmStatus};
 use berth_model::{HostId, Problem, ProblemCode, VmId};
@@ -77,6 +78,18 @@ pub(super) async fn new_vm(
     wish: &Wish,
     added: impl FnOnce(&VmSpec) -> Added,
 ) -> Result<NewVm, Problem> {
+    let segment = desk.cluster.records.find_segment(&wish.segment)?;
+    let image = wish::usable_image(desk.cluster, wish, &segment)?;
+    new_vm_on(desk, wish, &image, added).await
+}
+
+/// The same on an image that comes with it.
+pub(super) async fn new_vm_on(
+    desk: &Desk<'_>,
+    wish: &Wish,
+    image: &Image,
+    added: impl FnOnce(&VmSpec) -> Added,
+) -> Result<NewVm, Problem> {
     let cluster = desk.cluster;
     let segment = cluster.records.find_segment(&wish.segment)?;
     let name = UniqueName::vm(&segment.value.id, &wish.name);
@@ -85,7 +98,7 @@ pub(super) async fn new_vm(
     }
     // A number is used up only by a wish that could be granted.
     let number = u32::try_from(cluster.records.peek_number(NUMBERS).await? + 1).unwrap_or(u32::MAX);
-    let spec = wish::spec(cluster, wish, &segment, number)?;
+    let spec = wish::spec(cluster, wish, image, number)?;
     quota::check(cluster, &segment.value.id, &added(&spec))?;
     let host = wish::host(cluster, wish, &spec)?;
     if !desk.dry_run && cluster.records.take_number(NUMBERS).await? != u64::from(number) {

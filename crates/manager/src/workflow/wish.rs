@@ -35,16 +35,15 @@ pub(super) const DHCP: &str = "dhcp";
 pub(super) fn spec(
     cluster: &Cluster,
     wish: &CreateVm,
-    segment: &Row<Segment>,
+    image: &Image,
     number: u32,
 ) -> Result<VmSpec, Problem> {
-    let image = usable_image(cluster, wish, segment)?;
     let hosts = online(cluster);
     let spec = VmSpec {
         vcpus: wish.vcpus.unwrap_or(VCPUS_DEFAULT),
         memory_mib: wish.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT),
-        disk_mib: disk_mib(wish, &image)?,
-        image: image.value.id.clone(),
+        disk_mib: disk_mib(wish, image)?,
+        image: image.id.clone(),
         pool: wish.pool.clone().unwrap_or_else(default_pool),
         machine_type: machine_type(wish, &hosts)?,
         firmware: wish.firmware.unwrap_or_default(),
@@ -97,7 +96,8 @@ fn online(cluster: &Cluster) -> Vec<Arc<Row<Host>>> {
     hosts.filter(|host| host.state == HostState::Online && host.inventory.is_some()).collect()
 }
 
-fn usable_image(
+/// The image that a wish names, if a VM of this segment may lie on it.
+pub(super) fn usable_image(
     cluster: &Cluster,
     wish: &CreateVm,
     segment: &Row<Segment>,

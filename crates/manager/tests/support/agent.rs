@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use berth_api::agent::{
-    AgentReport, MigrationSide, PutTask, Task, TaskOutput, TaskSpec, TaskState, VmReport,
+    AgentReport, MigrationSide, PutTask, Task, TaskOutput, TaskSpec, TaskState, VmDefinition, VmReport,
 };
 use berth_api::transport::{Body, BoxFuture, full};
 use berth_api::{Client, Transport, TransportError};
@@ -18,6 +18,7 @@ use berth_manager::agents::AgentConnector;
 use berth_model::host::{Accelerator, Host, Inventory, NetworkMode, PoolReport, QemuAbilities};
 use berth_model::name::Name;
 use berth_model::operation::Progress;
+use berth_model::repository::{ExportFacts, ImportFacts};
 use berth_model::snapshot::{CloneFacts, RestoreFacts, SnapshotFacts};
 use berth_model::verification::{SnapshotFault, VerificationFacts};
 use berth_model::vm::{GuestState, PortForward, VmState};
@@ -41,6 +42,8 @@ pub struct Net {
 pub struct Pool {
     pub images: BTreeSet<ImageId>,
     pub vms: BTreeMap<VmId, Files>,
+    /// What was fetched out of a repository for a VM that is to be made.
+    pub fetched: BTreeSet<VmId>,
 }
 
 /// A VM's files.
@@ -438,9 +441,13 @@ impl FakeAgent {
         let done = Ok(TaskOutput::Done);
         let vm = || put.vm.clone().expect("a task about a VM names it");
         match &put.spec {
-            TaskSpec::FetchImage { .. } | TaskSpec::DeleteImage { .. } | TaskSpec::PrepareVm { .. } => {
-                self.act_on_files(put)
-            }
+            TaskSpec::FetchImage { .. }
+            | TaskSpec::DeleteImage { .. }
+            | TaskSpec::ExportSnapshot { .. }
+            | TaskSpec::FetchBackup { .. }
+            | TaskSpec::DropFetched { .. }
+            | TaskSpec::PrepareVm { .. } => self.act_on_files(put),
+            TaskSpec::ImportVm { .. } => self.import_vm(put),
             TaskSpec::StartVm { definition } => self.with(&vm(), |machine, guest| {
                 machine.wished = definition.spec.nics.iter().map(|nic| nic.forwards.clone()).collect();
                 if machine.process == Process::None {
@@ -498,6 +505,29 @@ impl FakeAgent {
             }
             TaskSpec::DeleteImage { image, .. } => {
                 self.pool(|pool| pool.images.remove(image));
+                done
+            }
+            TaskSpec::ExportSnapshot { vm, snapshot, operation, access, .. } => {
+                assert_eq!(access.keys.password.reveal(), "hunter2hunter2");
+                let has = self.pool(|pool| {
+                    pool.vms.get(vm).is_some_and(|files| files.snapshots.contains_key(snapshot))
+                });
+                if !has {
+                    return Err(Problem::not_found("snapshot", snapshot));
+                }
+                let facts = ExportFacts { backup: operation.to_string(), files: 7, ..ExportFacts::default() };
+                Ok(TaskOutput::Exported { facts })
+            }
+            TaskSpec::FetchBackup { vm, contents, access, .. } => {
+                assert_eq!(access.keys.password.reveal(), "hunter2hunter2");
+                self.pool(|pool| {
+                    pool.images.insert(contents.image.id.clone());
+                    pool.fetched.insert(vm.clone());
+                });
+                Ok(TaskOutput::Fetched { facts: ImportFacts::default() })
+            }
+            TaskSpec::DropFetched { vm, .. } => {
+                self.pool(|pool| pool.fetched.remove(vm));
                 done
             }
             TaskSpec::PrepareVm { definition } => {
@@ -568,23 +598,48 @@ impl FakeAgent {
         let TaskSpec::CloneVm { definition, origin, snapshot, first_snapshot, paused, .. } = &put.spec else {
             unreachable!("{:?}", put.spec)
         };
-        let vm = &definition.id;
         let has = self
             .pool(|pool| pool.vms.get(origin).is_some_and(|files| files.snapshots.contains_key(snapshot)));
         if !has {
             return Err(Problem::not_found("snapshot", snapshot));
         }
-        let snapshots = first_snapshot.iter().map(|first| (first.clone(), true)).collect();
+        self.be_made(put, definition, first_snapshot.as_ref(), *paused)
+    }
+
+    fn be_made(
+        &self,
+        put: &PutTask,
+        definition: &VmDefinition,
+        first_snapshot: Option<&SnapshotId>,
+        paused: bool,
+    ) -> Result<TaskOutput, Problem> {
+        let vm = &definition.id;
+        let snapshots = first_snapshot.map(|first| (first.clone(), true)).into_iter().collect();
         let files = Files { top: definition.first_layer.clone(), snapshots };
         self.pool(|pool| pool.vms.insert(vm.clone(), files));
         let machine = self.new_machine();
         self.lock().vms.entry(vm.clone()).or_insert(machine).generation = put.generation;
         self.with(vm, |machine, guest| {
-            machine.process = if *paused { Process::Paused } else { Process::Running };
+            machine.process = if paused { Process::Paused } else { Process::Running };
             machine.guest = guest;
         })?;
-        let state = if *paused { VmState::Paused } else { VmState::Running };
+        let state = if paused { VmState::Paused } else { VmState::Running };
         Ok(TaskOutput::Cloned { facts: CloneFacts { running_us: 60_000, ..CloneFacts::default() }, state })
+    }
+
+    fn import_vm(&self, put: &PutTask) -> Result<TaskOutput, Problem> {
+        let TaskSpec::ImportVm { definition, first_snapshot, paused, .. } = &put.spec else {
+            unreachable!("{:?}", put.spec)
+        };
+        let vm = &definition.id;
+        let is_made = self.pool(|pool| pool.vms.contains_key(vm));
+        if !is_made && !self.pool(|pool| pool.fetched.remove(vm)) {
+            return Err(Problem::not_found("backup", vm));
+        }
+        if !self.pool(|pool| pool.images.contains(&definition.image.id)) {
+            return Err(Problem::not_found("image", &definition.image.id));
+        }
+        self.be_made(put, definition, first_snapshot.as_ref(), *paused)
     }
 
     fn restore(
@@ -766,6 +821,10 @@ fn kind_of(spec: &TaskSpec) -> &'static str {
         TaskSpec::RestoreSnapshot { .. } => "restore",
         TaskSpec::CloneVm { .. } => "clone",
         TaskSpec::VerifySnapshot { .. } => "verify",
+        TaskSpec::ExportSnapshot { .. } => "export",
+        TaskSpec::FetchBackup { .. } => "fetch-backup",
+        TaskSpec::DropFetched { .. } => "drop-fetched",
+        TaskSpec::ImportVm { .. } => "import",
         TaskSpec::DeleteSnapshot { .. } => "delete-snapshot",
         TaskSpec::AdmitMigration { .. } => "admit",
         TaskSpec::RefuseMigration { .. } => "refuse",
@@ -792,6 +851,10 @@ pub const KINDS: &[&str] = &[
     "restore",
     "clone",
     "verify",
+    "export",
+    "fetch-backup",
+    "drop-fetched",
+    "import",
     "delete-snapshot",
     "admit",
     "refuse",

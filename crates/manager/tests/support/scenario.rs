@@ -1,11 +1,15 @@
 //! For each kind of operation a case in which it succeeds.
 
-use berth_api::manager::{CloneSnapshot, CreateVm, MigrateVm, RestoreVm};
+use berth_api::manager::{CloneSnapshot, CreateVm, ImportSnapshot, MigrateVm, RestoreVm};
 use berth_manager::cluster::Cluster;
 use berth_manager::operations::OperationRequest;
+use berth_manager::records::{RepositoryKeysRow, Transaction};
+use berth_model::image::Image;
 use berth_model::operation::OperationKind;
+use berth_model::repository::{BackupContents, Repository, RepositoryKeys, Secret};
 use berth_model::snapshot::{SnapshotExtent, SnapshotKind};
-use berth_model::{ImageId, SnapshotId, VmId};
+use berth_model::vm::Vm;
+use berth_model::{ImageId, RepositoryId, SnapshotId, VmId};
 
 use crate::world::{World, done, running_vm, wish};
 
@@ -65,6 +69,7 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             let (vm, snapshot) = one_of_two(cluster).await;
             OperationRequest::SnapshotVerify { vm, snapshot, boot: true }
         }
+        OperationKind::SnapshotExport | OperationKind::SnapshotImport => backup(cluster, kind).await,
         OperationKind::SnapshotDelete => {
             let (vm, snapshot) = one_of_two(cluster).await;
             OperationRequest::SnapshotDelete { vm, snapshot }
@@ -72,10 +77,8 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
         OperationKind::ImageDelete => {
             let image = ImageId::from_entropy([8; 10]);
             world.add_image(&image, "unused").await;
-            crate::world::until(cluster, "the image is seen", |cluster| {
-                cluster.records.find_image("unused").is_ok()
-            })
-            .await;
+            let is_seen = |cluster: &Cluster| cluster.records.find_image("unused").is_ok();
+            crate::world::until(cluster, "the image is seen", is_seen).await;
             OperationRequest::ImageDelete { image }
         }
     }
@@ -92,6 +95,73 @@ async fn one_of_two(cluster: &Cluster) -> (VmId, SnapshotId) {
 pub fn clone_of(vm: &VmId, snapshot: &SnapshotId, name: &str) -> OperationRequest {
     let wish = CloneSnapshot { name: name.parse().unwrap(), segment: None, cold: false, paused: false };
     OperationRequest::SnapshotClone { origin: vm.clone(), snapshot: snapshot.clone(), wish }
+}
+
+async fn backup(cluster: &Cluster, kind: OperationKind) -> OperationRequest {
+    let vm = running_vm(cluster, "books").await;
+    let first = snapshot(cluster, &vm, "first").await;
+    let repository = repository(cluster).await;
+    if kind == OperationKind::SnapshotExport {
+        return OperationRequest::SnapshotExport { origin: vm, snapshot: first, repository };
+    }
+    let mut contents = contents_of(cluster, &vm, &first);
+    // As from another cluster, whose image is none of this one's.
+    contents.image.id = ImageId::from_entropy([9; 10]);
+    contents.spec.image = contents.image.id.clone();
+    import(repository, contents, "books-2")
+}
+
+/// A repository that is known.
+pub async fn repository(cluster: &Cluster) -> RepositoryId {
+    let keys = RepositoryKeys {
+        password: Secret::new("hunter2hunter2".to_owned()),
+        key: None,
+        known_hosts: None,
+        ca: None,
+    };
+    let repository = Repository {
+        id: RepositoryId::from_entropy([7; 10]),
+        name: "offsite".parse().unwrap(),
+        url: "/srv/backup".parse().unwrap(),
+        segment: None,
+        created_at: cluster.clock.now(),
+    };
+    let mut transaction = Transaction::new();
+    transaction.put(&repository);
+    transaction.put(&RepositoryKeysRow { repository: repository.id.clone(), keys });
+    cluster.records.commit(transaction).await.unwrap();
+    repository.id
+}
+
+/// What a backup of a snapshot says of itself.
+pub fn contents_of(cluster: &Cluster, vm: &VmId, snapshot: &SnapshotId) -> BackupContents {
+    let vm = cluster.records.require::<Vm>(vm.as_str()).unwrap();
+    let image = cluster.records.require::<Image>(vm.spec.image.as_str()).unwrap();
+    BackupContents {
+        format: BackupContents::FORMAT,
+        vm: vm.full_name(),
+        spec: vm.spec.clone(),
+        image: image.value.clone(),
+        snapshot: cluster.records.find_snapshot(&vm.value.id, snapshot.as_str()).unwrap().value.clone(),
+    }
+}
+
+pub fn import(repository: RepositoryId, contents: BackupContents, name: &str) -> OperationRequest {
+    let wish = ImportSnapshot {
+        backup: "00".repeat(32),
+        name: name.parse().unwrap(),
+        segment: "default".to_owned(),
+        host: Some("h2".to_owned()),
+        pool: None,
+        cold: false,
+        paused: false,
+    };
+    OperationRequest::SnapshotImport {
+        repository,
+        backup: wish.backup.clone(),
+        contents: Box::new(contents),
+        wish,
+    }
 }
 
 pub fn take(vm: &VmId, name: &str) -> OperationRequest {

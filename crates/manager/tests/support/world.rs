@@ -349,6 +349,9 @@ impl World {
                 assert_eq!(owner.as_ref(), Some(&agent.id), "{vm} is left on a host");
             }
         }
+        for pool in self.net.pools.lock().unwrap().values() {
+            assert!(pool.fetched.is_empty(), "what was fetched of a backup is left");
+        }
         for vm in cluster.records.list::<Vm>() {
             self.check_vm(cluster, &vm.value);
         }

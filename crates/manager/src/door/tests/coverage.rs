@@ -31,6 +31,7 @@ fn path_of(endpoint: &EndpointInfo) -> String {
         .replace("{policy}", "night")
         .replace("{approval}", "apr-0000000000000000")
         .replace("{schedule}", "default%2Fnightly")
+        .replace("{repository}", "offsite")
         .replace("{login}", "none")
         .replace("{provider}", "none")
         .replace("{session}", "token-0000000000000000")
@@ -41,6 +42,9 @@ fn body_of(endpoint: &EndpointInfo) -> &'static str {
     match endpoint.name {
         "VmCreate" => r#"{"segment":"default","name":"new","image":"debian"}"#,
         "SnapshotClone" => r#"{"name":"new"}"#,
+        "SnapshotExport" => r#"{"repository":"offsite"}"#,
+        "SnapshotImport" => r#"{"backup":"00","name":"new","segment":"default"}"#,
+        "RepositoryCreate" => r#"{"name":"new","url":"/srv/x","keys":{"password":"x"}}"#,
         "ImageCreate" => r#"{"name":"new","parts":[]}"#,
         "RoleCreate" | "TeamCreate" => r#"{"name":"new"}"#,
         "PolicyCreate" => r#"{"name":"new","text":"x"}"#,

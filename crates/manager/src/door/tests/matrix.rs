@@ -60,8 +60,8 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         "CanI" => (OneSelf, "?action=vm.view", ""),
         "TokenCreate" => (OneSelf, "", "{}"),
         "GrantRequest" => (OneSelf, "", r#"{"role":"viewer","for_s":60}"#),
-        "ScheduleList" | "HostList" | "UserList" | "SegmentList" | "ImageList" | "VmList"
-        | "OperationList" | "TokenList" | "TeamList" | "GrantList" => (List, "", ""),
+        "RepositoryList" | "ScheduleList" | "HostList" | "UserList" | "SegmentList" | "ImageList"
+        | "VmList" | "OperationList" | "TokenList" | "TeamList" | "GrantList" => (List, "", ""),
         "AuditCheckpointShow" | "AuditKeyShow" | "AuditExport" => (Cluster, "", ""),
         "AuditInclusionShow" => (Cluster, "?sequence=0&size=1", ""),
         "AuditConsistencyShow" => (Cluster, "?from=1&to=1", ""),
@@ -97,6 +97,12 @@ fn entry(name: &str) -> (About, &'static str, &'static str) {
         | "VmResume" | "VmMigrate" | "SnapshotCreate" => (Segment, "?dry_run=true", ""),
         "SnapshotDelete" => (Segment, "?dry_run=true", ""),
         "SnapshotVerify" => (Segment, "?dry_run=true", "{}"),
+        "SnapshotExport" => (Segment, "?dry_run=true", r#"{"repository":"{s}-backups"}"#),
+        "SnapshotImport" => (Segment, "?dry_run=true", r#"{"backup":"00","name":"new","segment":"{s}"}"#),
+        "RepositoryCreate" => {
+            (Either, "", r#"{"name":"new","url":"/srv/x","segment":"{s?}","keys":{"password":"x"}}"#)
+        }
+        "RepositoryShow" | "RepositoryBackups" | "RepositoryDelete" => (Segment, "", ""),
         "SnapshotClone" => (Segment, "?dry_run=true", r#"{"name":"new"}"#),
         "VmRestore" => (Segment, "?dry_run=true", r#"{"snapshot":"first"}"#),
         new => panic!("the route {new} is new: say here what it is about"),
@@ -128,6 +134,7 @@ fn request(world: &World, endpoint: &EndpointInfo, place: Option<&Place>) -> (St
         .replace("{grant}", grant.id.as_str())
         .replace("{policy}", "night")
         .replace("{schedule}", &format!("{}%2Fnightly", here.segment.name))
+        .replace("{repository}", &format!("{}-backups", here.segment.name))
         .replace("{approval}", approval.id.as_str());
     let resource = segment.as_ref().map(|name| format!("&resource={name}")).unwrap_or_default();
     let or_null = segment.as_ref().map_or("null".to_owned(), |name| format!("\"{name}\""));
@@ -199,7 +206,9 @@ impl Tally {
         secret: Option<&str>,
         allowed: bool,
     ) {
-        if matches!(endpoint.name, "UserDelete" | "TokenDelete" | "GrantDelete" | "ScheduleDelete") {
+        let goes = matches!(endpoint.name, "UserDelete" | "TokenDelete" | "GrantDelete" | "ScheduleDelete");
+        // What is asked of repositories after their deletion needs them as well.
+        if goes || endpoint.name.starts_with("Repository") || endpoint.name == "SnapshotImport" {
             world.put_back().await;
         }
         let (path, body) = request(world, endpoint, place);
@@ -279,8 +288,11 @@ impl Tally {
         if matches!(endpoint.name, "ScheduleCreate" | "ScheduleUpdate" | "ScheduleResume") {
             needed.extend([Action::SnapshotCreate, Action::SnapshotDelete]);
         }
-        if endpoint.name == "SnapshotClone" {
+        if matches!(endpoint.name, "SnapshotClone" | "SnapshotImport") {
             needed.push(Action::VmCreate);
+        }
+        if endpoint.name == "SnapshotExport" {
+            needed.push(Action::RepositoryView);
         }
         let wanted = [
             // A VM names its image, which is authorised by itself; a grant gives what its role has.

@@ -10,12 +10,13 @@ use berth_model::access::Action;
 use berth_model::image::Image;
 use berth_model::name::Name;
 use berth_model::operation::{Operation, OperationKind, OperationState, Progress};
+use berth_model::repository::{Repository, RepositoryKeys, Secret};
 use berth_model::schedule::{Schedule, ScheduleStatus, Zone};
 use berth_model::snapshot::{Snapshot, SnapshotExtent, SnapshotFacts, SnapshotKind};
 use berth_model::vm::Vm;
 use berth_model::{
-    ApprovalId, GrantId, ImageId, OperationId, PolicyId, RoleId, ScheduleId, SegmentId, SnapshotId, TeamId,
-    Timestamp, UserId,
+    ApprovalId, GrantId, ImageId, OperationId, PolicyId, RepositoryId, RoleId, ScheduleId, SegmentId,
+    SnapshotId, TeamId, Timestamp, UserId,
 };
 use http::Request;
 use http::header::AUTHORIZATION;
@@ -26,7 +27,10 @@ use crate::auth::accounts::{self, TokenRow};
 use crate::auth::{Bearer, Principal};
 use crate::cluster::Cluster;
 use crate::operations::{OperationRequest, OperationRow};
-use crate::records::{Record, Transaction, UniqueName};
+use crate::records::{Record, RepositoryKeysRow, Transaction, UniqueName};
+
+/// The password of every repository here, which no answer may show.
+pub const REPOSITORY_PASSWORD: &str = "repository-hunter2";
 
 pub fn name(text: &str) -> Name {
     text.parse().expect("a name")
@@ -275,6 +279,38 @@ pub async fn add_schedule(cluster: &Cluster, schedule: &Schedule) {
     cluster.records.commit(transaction).await.expect("recorded");
 }
 
+/// A repository of a segment: `own-backups` of `own`. The segment's id says which its is.
+pub fn repository(cluster: &Cluster, segment: &Segment) -> Repository {
+    let called = format!("{}-backups", segment.name);
+    let known = cluster.records.id_of(&UniqueName::in_cluster("repository", &name(&called)));
+    let id = known.and_then(|id| id.parse().ok());
+    Repository {
+        id: id.unwrap_or_else(|| RepositoryId::from_entropy(cluster.entropy.id())),
+        name: name(&called),
+        url: "/srv/backup".parse().expect("a place"),
+        segment: Some(segment.id.clone()),
+        created_at: NOW,
+    }
+}
+
+/// Writes a repository with its keys, whatever was there.
+pub async fn add_repository(cluster: &Cluster, repository: &Repository) {
+    let keys = RepositoryKeys {
+        password: Secret::new(REPOSITORY_PASSWORD.to_owned()),
+        key: None,
+        known_hosts: None,
+        ca: None,
+    };
+    let mut transaction = Transaction::new();
+    transaction.put(repository);
+    transaction.put(&RepositoryKeysRow { repository: repository.id.clone(), keys });
+    let name = UniqueName::in_cluster("repository", &repository.name);
+    if cluster.records.id_of(&name).is_none() {
+        transaction.claim(&name, repository.id.as_str());
+    }
+    cluster.records.commit(transaction).await.expect("recorded");
+}
+
 /// The things of one segment.
 pub struct Place {
     pub segment: Segment,
@@ -368,6 +404,7 @@ impl World {
         for (_, place) in self.places() {
             put(cluster, &place.grant).await;
             add_schedule(cluster, &place.schedule).await;
+            add_repository(cluster, &repository(cluster, &place.segment)).await;
         }
     }
 }
@@ -390,6 +427,7 @@ async fn place(cluster: &Cluster, segment: Segment, someone: &User, number: u32)
     let first = snapshot(cluster, &vm, "first");
     add_snapshot(cluster, &first).await;
     add_snapshot(cluster, &snapshot(cluster, &vm, "second")).await;
+    add_repository(cluster, &repository(cluster, &segment)).await;
     let schedule = schedule(cluster, someone, &segment, "nightly");
     add_schedule(cluster, &schedule).await;
     let row = operation(cluster, Some(&vm), Some(&segment.id));
