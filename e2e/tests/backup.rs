@@ -51,8 +51,19 @@ fn a_vm_goes_on_where_its_backup_stands_in_a_cluster_that_has_nothing_else() -> 
     let folder = tempfile::tempdir()?;
     let first = tempfile::tempdir()?;
     let cluster = up(first.path(), 1)?;
-    let machine =
-        ["--memory", "192MiB", "--disk", "256MiB", "--pool", "local", "--firmware", "uefi", "--tpm"];
+    let machine = [
+        "--memory",
+        "192MiB",
+        "--disk",
+        "256MiB",
+        "--data-disk",
+        "128MiB",
+        "--pool",
+        "local",
+        "--firmware",
+        "uefi",
+        "--tpm",
+    ];
     let guest = cluster.create_guest("books", "probe", &machine)?;
     guest.probe.set(WORK, Duration::from_secs(60))?;
     guest.probe.write(5)?;

@@ -38,19 +38,34 @@ is_blank() {
     [ "$(dd if="$1" bs=65536 count=1 2> /dev/null | tr -d '\000' | head -c 1 | wc -c)" -eq 0 ]
 }
 
-# The data disk is the first one that is no seed. It is formatted only when it is blank, and never beyond 1 GiB,
-# because writing the inode tables of a large disk would take longer than the boot.
-mount_data() {
-    disk=/dev/vda
+# A disk for files. It is formatted only when it is blank, and never beyond 1 GiB, because writing the inode tables of a
+# large disk would take longer than the boot.
+mount_disk() {
+    disk=/dev/$1
     if [ ! -b "$disk" ] || [ "$disk" = "$seed" ]; then return 1; fi
     if is_blank "$disk"; then
-        kib=$(($(cat /sys/block/vda/size) / 2))
+        kib=$(($(cat "/sys/block/$1/size") / 2))
         if [ "$kib" -gt 1048576 ]; then kib=1048576; fi
         mke2fs -F -b 4096 -i 65536 -I 256 -m 0 -L data "$disk" "$kib" > /dev/null || return 1
     fi
-    mount -t ext4 -o noatime "$disk" /data && return 0
-    say "$disk holds no file system that is known here: it is left alone, and there is no /data"
+    mkdir -p "$2"
+    mount -t ext4 -o noatime "$disk" "$2" && return 0
+    say "$disk holds no file system that is known here: it is left alone, and there is no $2"
     return 1
+}
+
+# The first disk, and those that are called data1, data2 and so on: the probe's files are on all of them in turn.
+mount_all() {
+    if mount_disk vda /data; then directories="--data /data/probe"; fi
+    set +f
+    for serial in /sys/block/vd*/serial; do
+        name=$(cat "$serial" 2> /dev/null)
+        disk=${serial%/serial}
+        case $name in
+            data[1-9]) mount_disk "${disk##*/}" "/$name" && directories="$directories --data /$name/probe" ;;
+        esac
+    done
+    set -f
 }
 
 dhcp() {
@@ -106,9 +121,10 @@ load early
 seed=$(find_seed)
 if [ -n "$seed" ]; then read_seed; fi
 network
-if mount_data; then settings="--data /data/probe $settings"; fi
+directories=
+mount_all
 # shellcheck disable=SC2086
-guest-probe run --own-kernel $settings &
+guest-probe run --own-kernel $directories $settings &
 
 # From here on the guest is ready: what follows may take its time.
 set +f

@@ -10,6 +10,7 @@ use berth_model::{LayerId, Problem, ProblemCode};
 
 use self::merging::Merging;
 use self::pace::Pace;
+use crate::disks;
 use crate::durable::{self, FileError, blocking};
 use crate::layout::{VmDirs, part_file};
 use crate::vm::VmRuntime;
@@ -61,30 +62,48 @@ pub trait ImageTool: Send + Sync {
     fn check_qcow2<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<(), Problem>>;
 }
 
-/// Makes a new, empty layer of a VM's disk on the layer below it (on the image when there is none). If the file is
+/// Makes a new, empty layer of a VM's disk on the layer below it (on the disk's bottom when there is none). If the file is
 /// there already it is made anew: it is not on record, so it is what is left of an attempt.
 ///
 /// # Errors
 /// When there is no room, or the tool fails; there is then no such file.
-pub async fn create_layer(vm: &VmRuntime, layer: &LayerId, below: Option<&LayerId>) -> Result<(), Problem> {
-    let new = new_layer(vm.dirs()?, vm.definition()?, vm.user_id()?, layer, below);
+pub async fn create_layer(
+    vm: &VmRuntime,
+    disk: usize,
+    layer: &LayerId,
+    below: Option<&LayerId>,
+) -> Result<(), Problem> {
+    let place = Place { dirs: vm.dirs()?, definition: vm.definition()?, disk };
+    let new = new_layer(place, vm.user_id()?, layer, below);
     vm.services().images.create_layer(new).await
+}
+
+/// Where a layer is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The VM's directories.
+    pub dirs: &'a VmDirs,
+    /// The VM.
+    pub definition: &'a VmDefinition,
+    /// Which of its disks.
+    pub disk: usize,
 }
 
 /// What a new layer is to be.
 pub fn new_layer(
-    dirs: &VmDirs,
-    definition: &VmDefinition,
+    place: Place<'_>,
     user_id: Option<u32>,
     layer: &LayerId,
     below: Option<&LayerId>,
 ) -> NewLayer {
+    let Place { dirs, definition, disk } = place;
     let on_layer = |below: &LayerId| BackingFile {
         relative_path: format!("{below}.qcow2").into(),
         format: PartFormat::Qcow2,
     };
     let on_image = || {
-        definition.image.part(PartRole::Disk).map(|part| BackingFile {
+        let bottom = definition.image.part(PartRole::Disk).filter(|_| disk == disks::ROOT);
+        bottom.map(|part| BackingFile {
             relative_path: Path::new("../../../images")
                 .join(definition.image.id.as_str())
                 .join(part_file(PartRole::Disk, part.format)),
@@ -93,7 +112,7 @@ pub fn new_layer(
     };
     NewLayer {
         path: dirs.layer(layer),
-        virtual_size_bytes: definition.spec.disk_mib.saturating_mul(1 << 20),
+        virtual_size_bytes: disks::size_bytes(definition, disk),
         backing: below.map(on_layer).or_else(on_image),
         user_id,
     }

@@ -18,6 +18,7 @@ use berth_model::{ImageId, LayerId, Problem, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::AgentConfig;
+use crate::disks::Disks;
 use crate::durable::UNFINISHED_SUFFIX;
 use crate::fittings::Fittings;
 use crate::launcher::ProcessRecord;
@@ -29,6 +30,9 @@ pub struct VmRecord {
     pub definition: VmDefinition,
     /// Its layers from the one above the image to the writable top.
     pub chain: Vec<LayerId>,
+    /// The layers of each of its data disks, from the lowest to the writable top.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<Vec<LayerId>>,
     /// What its machine is fitted with.
     #[serde(default)]
     pub fittings: Fittings,
@@ -38,6 +42,17 @@ impl VmRecord {
     /// The writable layer.
     pub fn top(&self) -> Option<&LayerId> {
         self.chain.last()
+    }
+
+    /// The layers of all its disks.
+    pub fn disks(&self) -> Disks {
+        Disks::new(self.chain.clone(), self.data.clone())
+    }
+
+    /// What is on record of a VM with these disks.
+    pub fn new(definition: VmDefinition, disks: Disks, fittings: Fittings) -> Self {
+        let (chain, data) = disks.into_parts();
+        Self { definition, chain, data, fittings }
     }
 }
 

@@ -28,6 +28,7 @@ pub mod qemu;
 pub mod backup;
 pub mod console;
 pub mod disk;
+pub mod disks;
 pub mod fittings;
 pub mod image;
 pub mod network;

@@ -11,8 +11,9 @@ use berth_api::agent::VmDefinition;
 use berth_model::LayerId;
 use berth_model::host::Accelerator;
 use berth_model::image::PartRole;
-use berth_model::vm::{Firmware, PortForward};
+use berth_model::vm::{DATA_DISKS_MAX, Firmware, PortForward};
 
+use crate::disks;
 use crate::fittings::{GENERATION_DEVICE, TPM_DEVICE, uuid_text};
 use crate::launcher::{Argument, Descriptor, MachineSummary, Socket};
 use crate::layout::VmDirs;
@@ -25,8 +26,13 @@ use disk::{Chain, FIRMWARE_NODE, VARIABLES_NODE};
 
 /// The id of the memory's back end, and so the name of guest memory in streams.
 pub const MEMORY_ID: &str = "pc.ram";
-/// The id of the VM's disk.
-pub const DISK_ID: &str = "disk0";
+/// What the ids of the VM's disks begin with; their number follows, the root disk's being 0.
+const DISK_ID: &str = "disk";
+/// The first data disk's place on the bus; the others follow, up to where interfaces begin.
+const FIRST_DATA_DISK_SLOT: u32 = 0x8;
+/// The first interface's place on the bus.
+const FIRST_NIC_SLOT: u32 = 0x10;
+const _: () = assert!(FIRST_DATA_DISK_SLOT as usize + DATA_DISKS_MAX <= FIRST_NIC_SLOT as usize);
 /// The name of the guest agent's port.
 pub const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
 /// The name of the probe's port.
@@ -137,7 +143,7 @@ impl Machine<'_> {
         MachineSummary {
             memory_bytes: self.memory_bytes(),
             vcpus: self.definition.spec.vcpus,
-            nodes: self.chain().nodes(),
+            nodes: self.chain(disks::ROOT).nodes(),
             incoming: self.plan.incoming,
         }
     }
@@ -198,8 +204,7 @@ impl Machine<'_> {
     }
 
     fn disks(&self, words: &mut Words) {
-        let chain = self.chain();
-        for node in chain.node_options() {
+        for node in self.chains().flat_map(|chain| chain.node_options()) {
             words.pair("-blockdev", node.to_string());
         }
         words.pair("-blockdev", disk::seed_options(&self.dirs.seed()).to_string());
@@ -208,10 +213,17 @@ impl Machine<'_> {
                 words.pair("-blockdev", node.to_string());
             }
         }
-        let top = chain.top_node();
-        words.pair("-device", format!("virtio-blk-pci,id={DISK_ID},drive={top},{}", self.slot(0x3)));
+        let top = self.chain(disks::ROOT).top_node();
+        words.pair("-device", format!("virtio-blk-pci,id={DISK_ID}0,drive={top},{}", self.slot(0x3)));
         words
             .pair("-device", format!("virtio-blk-pci,id=seed0,drive={},{}", disk::SEED_NODE, self.slot(0x4)));
+        for (slot, disk) in (FIRST_DATA_DISK_SLOT..FIRST_NIC_SLOT).zip(1..self.plan.disks.count()) {
+            let (top, name, slot) = (self.chain(disk).top_node(), disks::name(disk), self.slot(slot));
+            words.pair(
+                "-device",
+                format!("virtio-blk-pci,id={DISK_ID}{disk},drive={top},serial={name},{slot}"),
+            );
+        }
     }
 
     fn ports(&self, words: &mut Words) {
@@ -274,7 +286,7 @@ impl Machine<'_> {
                     words.pair("-netdev", text);
                 }
             }
-            let slot = self.slot(0x10 + u32::try_from(index).unwrap_or(u32::MAX));
+            let slot = self.slot(FIRST_NIC_SLOT.saturating_add(u32::try_from(index).unwrap_or(u32::MAX)));
             // No boot ROM: no VM starts from the network, and a ROM's size would be one more thing that has to agree.
             let device = "virtio-net-pci,romfile=";
             words.pair(
@@ -310,13 +322,17 @@ impl Machine<'_> {
         nvram.map(|id| self.dirs.nvram(id).join(nvram::VARIABLES))
     }
 
-    fn chain(&self) -> Chain<'_> {
+    fn chain(&self, disk: usize) -> Chain<'_> {
         Chain {
             dirs: self.dirs,
-            image: &self.definition.image,
-            layers: &self.plan.chain,
+            image: (disk == disks::ROOT).then_some(&self.definition.image),
+            layers: self.plan.disks.of(disk),
             direct_io: self.direct_io,
         }
+    }
+
+    fn chains(&self) -> impl Iterator<Item = Chain<'_>> {
+        (0..self.plan.disks.count()).map(|disk| self.chain(disk))
     }
 
     /// The place on the machine's first bus, which has another name on the older chip set.
@@ -368,6 +384,11 @@ fn uuid(vm: &str) -> String {
     bytes[6] = (bytes[6] & 0x0f) | 0x80;
     bytes[8] = (bytes[8] & 0x3f) | 0x80;
     uuid_text(bytes)
+}
+
+/// Whether a device of this id is one of the VM's disks.
+pub fn is_disk(device: &str) -> bool {
+    device.strip_prefix(DISK_ID).is_some_and(|number| number.parse::<usize>().is_ok())
 }
 
 /// The block node of a layer: QEMU takes no more than 31 characters.

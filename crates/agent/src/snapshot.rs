@@ -1,8 +1,8 @@
 //! Snapshots of a VM on this host: taking them, putting the VM back to one, removing them.
 //!
 //! Taking one costs the guest a pause of some ten milliseconds, whatever its size ([`capture`]): memory is read while
-//! it runs, and in the pause the last of it is read and the disk's layers are switched ([`layers`]), so that memory
-//! and disk are of one instant. What was taken is put away as a directory that is either whole or not there
+//! it runs, and in the pause the last of it is read and the disks' layers are switched ([`layers`]), so that memory
+//! and disks are of one instant. What was taken is put away as a directory that is either whole or not there
 //! ([`archive`]). Putting the VM back maps the memory instead of reading it, in a process that is made ready beside the
 //! present one ([`ready`], [`mod@restore`]).
 //!
@@ -21,6 +21,7 @@ use berth_model::snapshot::SnapshotFacts;
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus, RunState};
 
+use crate::disks::Disks;
 use crate::durable::{self, FileError, blocking};
 use crate::layout::{VmDirs, VmRecord};
 use crate::migration::outgoing::settle;
@@ -132,7 +133,7 @@ pub async fn take_disk(
 async fn taken_before(vm: &VmRuntime, snapshot: &SnapshotId) -> Result<Option<SnapshotFacts>, Problem> {
     match archive::read(vm.dirs()?, snapshot) {
         Ok(manifest) => {
-            freeze(vm, last(&manifest.layers)?).await;
+            freeze_tops(vm, &manifest.disks()).await;
             Ok(Some(manifest.facts))
         }
         Err(ArchiveError::Missing { .. }) => Ok(None),
@@ -166,25 +167,30 @@ pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     if sent == MigrationStatus::Completed && state == RunState::PostMigrate {
         settle(&qmp, true).await?;
     }
-    let chain = vm.chain()?.to_vec();
-    let Some(top) = layers::top_of(&qmp, &chain).await.map_err(layers::refused)? else { return Ok(()) };
-    let used = chain.iter().position(|layer| *layer == top).map_or(chain.len(), |at| at + 1);
-    for unused in &chain[used..] {
-        layers::close(vm, unused).await?;
+    let disks = vm.disks()?;
+    let Some(used) = layers::used_of(&qmp, &disks).await.map_err(layers::refused)? else { return Ok(()) };
+    let unused: Vec<&LayerId> = disks.layers().filter(|layer| !used.contains(layer)).collect();
+    for layer in &unused {
+        layers::close_node(&qmp, layer).await?;
     }
-    vm.set_chain(chain[..used].to_vec()).await
+    // Before their files go: no record ever names a file that is gone.
+    vm.set_disks(used).await?;
+    for layer in unused {
+        layers::close(vm, layer).await?;
+    }
+    Ok(())
 }
 
-/// Removes layers that are neither in `chain` nor in any snapshot. Blocks. Only for a VM at rest from other work.
+/// Removes layers that are neither in `live` nor in any snapshot. Blocks. Only for a VM at rest from other work.
 ///
 /// # Errors
 /// When a manifest can't be read (nothing is removed then) or a file not removed.
-pub fn remove_unneeded_layers(dirs: &VmDirs, chain: &[LayerId]) -> Result<(), Problem> {
-    let mut needed: Vec<LayerId> = chain.to_vec();
+pub fn remove_unneeded_layers(dirs: &VmDirs, live: &Disks) -> Result<(), Problem> {
+    let mut needed: Vec<LayerId> = live.layers().cloned().collect();
     for snapshot in archive::list(dirs)? {
         // A directory without a manifest is what is left of a removal, and needs nothing.
         match archive::read(dirs, &snapshot) {
-            Ok(manifest) => needed.extend(manifest.layers),
+            Ok(manifest) => needed.extend(manifest.disks().layers().cloned()),
             Err(ArchiveError::Missing { .. }) => archive::remove(dirs, &snapshot)?,
             Err(error) => return Err(error.into()),
         }
@@ -220,21 +226,19 @@ async fn take_of_disk(
     new_top: &LayerId,
     started: Instant,
 ) -> Result<SnapshotFacts, Problem> {
-    let (frozen, _) = split_chain(vm, new_top)?;
+    let (frozen, _) = split_disks(vm, new_top)?;
     let draft = begin(vm, snapshot).await?;
+    let more = frozen.clone().with_tops(new_top);
     // A first try that died after this step has done it, and nothing has run since.
-    if vm.chain()?.last() != Some(new_top) {
-        layers::create(vm, last(&frozen)?, new_top).await?;
-        layers::sync(&vm.dirs()?.layer(new_top)).await?;
-        let mut chain = frozen.clone();
-        chain.push(new_top.clone());
-        vm.set_chain(chain).await?;
+    if vm.disks()? != more {
+        layers::create(&vm.ground()?, &frozen, new_top).await?;
+        layers::sync(vm.dirs()?, &more).await?;
+        vm.set_disks(more).await?;
     }
     if let Some(keeping) = keeping(vm, &draft)? {
         keeping.keep().await?;
     }
-    let facts = SnapshotFacts { layers: frozen, ..SnapshotFacts::default() };
-    put_away(vm, draft, snapshot, facts, None, started).await
+    put_away(vm, draft, snapshot, facts_of(frozen), None, started).await
 }
 
 async fn take_of_machine(
@@ -267,26 +271,25 @@ async fn take_one_way(
     new_top: &LayerId,
     (ways, started): (&Ways, Instant),
 ) -> Result<SnapshotFacts, Problem> {
-    let (frozen, memory_bytes) = split_chain(vm, new_top)?;
-    let old_top = last(&frozen)?.clone();
+    let (frozen, memory_bytes) = split_disks(vm, new_top)?;
     let status = vm.qmp()?.call(QueryStatus {}).await.map_err(layers::refused)?;
     let quiet = vm.status().quiet();
     let draft = begin(vm, snapshot).await?;
     let result = async {
         let before = if status.running { CpuTime::now(vm.qmp()?).await } else { None };
-        let (prepared, ()) = tokio::join!(prepare_switch(vm, &frozen, new_top), look_before(before.as_ref()));
+        let (prepared, ()) =
+            tokio::join!(layers::prepare_switch(vm, &frozen, new_top), look_before(before.as_ref()));
         prepared?;
-        let held = if status.status == RunState::PostMigrate { held::find(vm, &frozen)? } else { None };
+        let held = if status.status == RunState::PostMigrate { held::find(vm, frozen.root())? } else { None };
         match held {
-            Some(earlier) => take_again(vm, &draft, &earlier, &old_top, new_top).await,
+            Some(earlier) => take_again(vm, &draft, &earlier, &frozen, new_top).await,
             None => {
-                let old_top_path = vm.dirs()?.layer(&old_top);
                 let capture = Capture {
                     qmp: vm.qmp()?,
                     files: draft.files(),
                     memory_bytes,
-                    old_top: &old_top,
-                    old_top_path: &old_top_path,
+                    disks: &frozen,
+                    top_files: layers::top_files(vm.dirs()?, &frozen),
                     new_top,
                     nvram: keeping(vm, &draft)?,
                     was_running: status.running,
@@ -294,14 +297,14 @@ async fn take_one_way(
                     slow_guest_down: !ways.has_other(),
                     cpu_before: before,
                 };
-                take_anew(&capture, vm.dirs()?, &frozen, context).await
+                take_anew(&capture, vm.dirs()?, context).await
             }
         }
     }
     .await;
     let result = match result {
         Ok((mut facts, memory)) => {
-            facts.layers.clone_from(&frozen);
+            (facts.layers, facts.data) = frozen.clone().into_parts();
             if !status.running {
                 held::remember(vm, snapshot)?;
             }
@@ -326,16 +329,10 @@ impl From<Problem> for CaptureFailure {
     }
 }
 
-/// Makes, opens and writes down the new layer, and brings what the guest has written to the disk.
-async fn prepare_switch(vm: &mut VmRuntime, frozen: &[LayerId], new_top: &LayerId) -> Result<(), Problem> {
-    let old_top = last(frozen)?;
-    layers::create(vm, old_top, new_top).await?;
-    layers::sync(&vm.dirs()?.layer(new_top)).await?;
-    layers::open(vm, new_top).await?;
-    let mut chain = frozen.to_vec();
-    chain.push(new_top.clone());
-    vm.set_chain(chain).await?;
-    layers::flush(&vm.dirs()?.layer(old_top)).await
+/// What is known of a snapshot whose disks are these and of which nothing else was measured.
+fn facts_of(disks: Disks) -> SnapshotFacts {
+    let (layers, data) = disks.into_parts();
+    SnapshotFacts { layers, data, ..SnapshotFacts::default() }
 }
 
 /// Gives the guest time to show what it does when it is left alone.
@@ -348,10 +345,9 @@ async fn look_before(cpu: Option<&CpuTime>) {
 async fn take_anew(
     capture: &Capture<'_>,
     dirs: &VmDirs,
-    layers: &[LayerId],
     context: &TaskContext,
 ) -> Result<(SnapshotFacts, MemoryManifest), CaptureFailure> {
-    let (dirs, layers, memory_bytes) = (dirs.clone(), layers.to_vec(), capture.memory_bytes);
+    let (dirs, layers, memory_bytes) = (dirs.clone(), capture.disks.root().to_vec(), capture.memory_bytes);
     let earlier = blocking(move || Ok(base::choose(&dirs, &layers, memory_bytes))).await?;
     let (linked, base) = earlier.map(|earlier| (earlier.paths, earlier.base)).unzip();
     let captured = capture.run(context, base).await?;
@@ -389,7 +385,7 @@ async fn take_again(
     vm: &VmRuntime,
     draft: &Draft,
     earlier: &Manifest,
-    old_top: &LayerId,
+    frozen: &Disks,
     new_top: &LayerId,
 ) -> Result<(SnapshotFacts, MemoryManifest), CaptureFailure> {
     let Some(memory) = earlier.memory.clone() else {
@@ -398,7 +394,7 @@ async fn take_again(
     let files = SnapshotFiles::of(vm.dirs()?, &earlier.snapshot);
     held::link(&files, &memory, draft.files()).map_err(Problem::from)?;
     let keeping = keeping(vm, draft)?;
-    layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
+    layers::switch(vm.qmp()?, frozen, new_top).await.map_err(layers::refused)?;
     if let Some(keeping) = keeping {
         keeping.keep().await.map_err(|problem| CaptureFailure { problem, switched: true })?;
     }
@@ -415,7 +411,7 @@ async fn take_again(
     Ok((facts, memory))
 }
 
-/// Writes the manifest and gives the snapshot its name; the old layer is frozen.
+/// Writes the manifest and gives the snapshot its name; the old layers are frozen.
 async fn put_away(
     vm: &VmRuntime,
     draft: Draft,
@@ -426,21 +422,26 @@ async fn put_away(
 ) -> Result<SnapshotFacts, Problem> {
     let VmRecord { definition, fittings, .. } = vm.vm_record()?.clone();
     let borrowed_nics = vm.host_record()?.borrowed_nics.clone().filter(|_| memory.is_some());
-    let newest_layer = last(&facts.layers)?.clone();
-    let newest = vm.dirs()?.layer(&newest_layer);
+    let disks = Disks::new(facts.layers.clone(), facts.data.clone());
+    let newest = layers::top_files(vm.dirs()?, &disks);
     let snapshot = snapshot.clone();
     let facts = blocking(move || {
-        let file = std::fs::File::open(&newest).map_err(FileError::io(&newest, "opened"))?;
-        file.sync_all().map_err(FileError::io(&newest, "brought to the disk"))?;
-        facts.disk_stored_bytes = memory::stored_bytes(&file).map_err(FileError::io(&newest, "examined"))?;
+        facts.disk_stored_bytes = 0;
+        for newest in &newest {
+            let file = std::fs::File::open(newest).map_err(FileError::io(newest, "opened"))?;
+            file.sync_all().map_err(FileError::io(newest, "brought to the disk"))?;
+            facts.disk_stored_bytes +=
+                memory::stored_bytes(&file).map_err(FileError::io(newest, "examined"))?;
+        }
         facts.total_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let layers = facts.layers.clone();
+        let (layers, data) = (facts.layers.clone(), facts.data.clone());
         let nvram = nvram::freeze(draft.files().directory())?;
         let manifest = Manifest {
             format: archive::FORMAT,
             snapshot,
             definition,
             layers,
+            data,
             fittings,
             nvram,
             memory,
@@ -451,32 +452,31 @@ async fn put_away(
         Ok(facts)
     })
     .await?;
-    freeze(vm, &newest_layer).await;
+    freeze_tops(vm, &disks).await;
     Ok(facts)
 }
 
 /// The snapshot is whole: a layer that could still be written to is worth a warning, and is tried again at the next
 /// occasion.
-async fn freeze(vm: &VmRuntime, layer: &LayerId) {
-    if let Err(error) = layers::freeze(vm, layer).await {
-        tracing::warn!(vm = %vm.id(), %layer, %error, "a snapshot's layer can't be made read-only");
+async fn freeze_tops(vm: &VmRuntime, disks: &Disks) {
+    for layer in disks.tops() {
+        if let Err(error) = layers::freeze(vm, layer).await {
+            tracing::warn!(vm = %vm.id(), %layer, %error, "a snapshot's layer can't be made read-only");
+        }
     }
 }
 
-/// After a failure: the guest on the layer that it had, the new one gone, and the record saying so.
-async fn undo(vm: &mut VmRuntime, failure: CaptureFailure, frozen: &[LayerId], new_top: &LayerId) -> Problem {
+/// After a failure: the guest on the layers that it had, the new ones gone, and the record saying so.
+async fn undo(vm: &mut VmRuntime, failure: CaptureFailure, frozen: &Disks, new_top: &LayerId) -> Problem {
     let CaptureFailure { mut problem, switched } = failure;
-    let undone = match last(frozen) {
-        Ok(old_top) if switched && vm.qmp().is_ok() => layers::take_back(vm, old_top, new_top).await,
-        // It may have written to the new layer before it died: the record, which has both, is right.
-        Ok(_) if switched => Ok(()),
-        Ok(_) => layers::close(vm, new_top).await,
-        Err(error) => Err(error),
-    };
-    let undone = match undone {
-        Ok(()) if switched && vm.qmp().is_err() => Ok(()),
-        Ok(()) => vm.set_chain(frozen.to_vec()).await,
-        Err(error) => Err(error),
+    let undone = match switched {
+        true if vm.qmp().is_ok() => layers::take_switch_back(vm, frozen, new_top).await,
+        // It may have written to the new layers before it died: the record, which has both, is right.
+        true => Ok(()),
+        false => match vm.set_disks(frozen.clone()).await {
+            Ok(()) => layers::close_tops(vm, frozen.count(), new_top).await,
+            Err(error) => Err(error),
+        },
     };
     if let Err(error) = undone {
         tracing::warn!(vm = %vm.id(), %error, "a failed snapshot leaves a layer more");
@@ -492,20 +492,13 @@ async fn undo(vm: &mut VmRuntime, failure: CaptureFailure, frozen: &[LayerId], n
 async fn undo_half_done(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
     held::forget_unless_held(vm).await?;
     let qmp = vm.qmp()?.clone();
-    let chain = vm.chain()?.to_vec();
-    let Some((top, below)) = chain.split_last() else { return Ok(()) };
-    if top != new_top {
+    let disks = vm.disks()?;
+    let Some(below) = disks.clone().without_tops(new_top).filter(|below| *below != disks) else {
         return Ok(());
-    }
+    };
     let running = vm.status().runs();
     settle(&qmp, running).await?;
-    let old_top = last(below)?;
-    if layers::top_of(&qmp, &chain).await.map_err(layers::refused)?.as_ref() == Some(new_top) {
-        layers::take_back(vm, old_top, new_top).await?;
-    } else {
-        layers::close(vm, new_top).await?;
-    }
-    vm.set_chain(below.to_vec()).await
+    layers::take_switch_back(vm, &below, new_top).await
 }
 
 async fn begin(vm: &VmRuntime, snapshot: &SnapshotId) -> Result<Draft, Problem> {
@@ -521,14 +514,11 @@ fn keeping(vm: &VmRuntime, draft: &Draft) -> Result<Option<Keeping>, Problem> {
 }
 
 /// The layers that a snapshot taken now would have, and the guest's memory in bytes.
-fn split_chain(vm: &VmRuntime, new_top: &LayerId) -> Result<(Vec<LayerId>, u64), Problem> {
-    let chain = vm.chain()?;
-    let frozen: Vec<LayerId> = chain.iter().filter(|layer| *layer != new_top).cloned().collect();
-    let misplaced = frozen.len() != chain.len() && chain.last() != Some(new_top);
-    if misplaced || frozen.is_empty() {
+fn split_disks(vm: &VmRuntime, new_top: &LayerId) -> Result<(Disks, u64), Problem> {
+    let frozen = vm.disks()?.without_tops(new_top).ok_or_else(|| {
         let message = format!("{new_top} can't be the next layer of {}", vm.id());
-        return Err(Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id"));
-    }
+        Problem::new(ProblemCode::InvalidInput, message).at("new_top", new_top, "a new id")
+    })?;
     Ok((frozen, vm.memory_bytes()?))
 }
 

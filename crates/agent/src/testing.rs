@@ -29,6 +29,7 @@ pub(crate) fn definition(number: u8) -> VmDefinition {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 64,
+            data_disks_mib: Vec::new(),
             image: image.clone(),
             pool: "local".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),

@@ -17,6 +17,7 @@ use berth_model::{LayerId, Problem, ProblemCode, VmId};
 use berth_qmp::Qmp;
 
 use crate::console::Console;
+use crate::disks::Disks;
 use crate::durable::{self, Staged, blocking};
 use crate::fittings::Fittings;
 use crate::launcher::{Exit, Launched, Process};
@@ -46,8 +47,8 @@ pub enum Memory {
 /// How a process is to be started. It never lets the guest run by itself: that takes a `cont`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaunchPlan {
-    /// The disk's layers from the one above the image to the writable top.
-    pub chain: Vec<LayerId>,
+    /// The disks' layers, up to the writable tops.
+    pub disks: Disks,
     /// Where the guest's memory comes from.
     pub memory: Memory,
     /// What the machine is fitted with.
@@ -57,9 +58,9 @@ pub struct LaunchPlan {
 }
 
 impl LaunchPlan {
-    /// A cold start on this chain.
-    pub const fn cold(chain: Vec<LayerId>, fittings: Fittings) -> Self {
-        Self { chain, memory: Memory::Anonymous, fittings, incoming: false }
+    /// A cold start on these disks.
+    pub const fn cold(disks: Disks, fittings: Fittings) -> Self {
+        Self { disks, memory: Memory::Anonymous, fittings, incoming: false }
     }
 }
 
@@ -163,12 +164,20 @@ impl VmRuntime {
         Ok(&self.vm_record()?.definition)
     }
 
-    /// The layers from the one above the image to the writable top.
+    /// The root disk's layers from the one above the image to the writable top.
     ///
     /// # Errors
     /// When the VM was not prepared here.
     pub fn chain(&self) -> Result<&[LayerId], Problem> {
         Ok(&self.vm_record()?.chain)
+    }
+
+    /// The layers of all disks.
+    ///
+    /// # Errors
+    /// When the VM was not prepared here.
+    pub fn disks(&self) -> Result<Disks, Problem> {
+        Ok(self.vm_record()?.disks())
     }
 
     /// The guest's memory in bytes, as its QEMU is told.
@@ -313,13 +322,13 @@ impl VmRuntime {
         Ok(())
     }
 
-    /// Writes down a new chain of layers.
+    /// Writes down new chains of layers.
     ///
     /// # Errors
-    /// When it can't be written; the chain is then as it was.
-    pub async fn set_chain(&mut self, chain: Vec<LayerId>) -> Result<(), Problem> {
-        let record = self.vm_record()?.clone();
-        self.set_vm_record(VmRecord { chain, ..record }).await
+    /// When they can't be written; the chains are then as they were.
+    pub async fn set_disks(&mut self, disks: Disks) -> Result<(), Problem> {
+        let VmRecord { definition, fittings, .. } = self.vm_record()?.clone();
+        self.set_vm_record(VmRecord::new(definition, disks, fittings)).await
     }
 
     /// Forgets the pool's record after the VM's files have been removed or given away.

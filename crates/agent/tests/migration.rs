@@ -163,6 +163,47 @@ async fn a_guest_moves_between_pools_with_its_disk_and_snapshots() {
     assert_eq!((found.pages_wrong, found.files, found.files_wrong), (0, 20, 0));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_disks_of_a_guest_move_with_it() {
+    for shared in [false, true] {
+        let pair = if shared { Pair::with_shared_pool().await } else { Pair::with_own_pools().await };
+        let mut definition = definition(256);
+        definition.spec.data_disks_mib = vec![256, 128];
+        let vm = pair.source.vm_of(definition).await;
+        let probe = pair.source.probe(&vm.id);
+        probe.write(9).expect("files");
+        let taken = snapshot();
+        let spec = TaskSpec::TakeSnapshot { snapshot: taken.clone(), new_top: layer(), next: None };
+        pair.source.task(&vm.id, spec).await.expect("snapshot");
+        probe.set(BUSY, LONG).expect("busy");
+        // So much that the tops are frozen on the way, where they are copied.
+        probe.ask("write", "30 1024", LONG).expect("more files");
+        let writing = std::thread::spawn(move || drop(probe.write(200)));
+        println!("moved: {:?}", pair.move_vm(&vm, shared).await.expect("moved"));
+        writing.join().expect("asked");
+        let verify = |files: u64| {
+            let found = pair.target.probe(&vm.id).verify(LONG).expect("verified");
+            assert_eq!(
+                (found.pages_wrong, found.files, found.files_wrong),
+                (0, files, 0),
+                "shared: {shared}"
+            );
+        };
+        verify(239);
+        pair.target.probe(&vm.id).write(6).expect("it can still write");
+        verify(245);
+        pair.target.task(&vm.id, TaskSpec::StopVm).await.expect("stopped");
+        pair.target.task(&vm.id, TaskSpec::StartVm { definition: vm.boxed() }).await.expect("started");
+        let ready = pair.target.task(&vm.id, TaskSpec::WaitReady { timeout_ms: 300_000 }).await;
+        ready.expect("ready");
+        verify(245);
+        let (definition, new_top) = (vm.boxed(), layer());
+        let spec = TaskSpec::RestoreSnapshot { definition, snapshot: taken, new_top, paused: false };
+        pair.target.task(&vm.id, spec).await.expect("restored there");
+        verify(9);
+    }
+}
+
 /// What is left to the manager when the source's task is over; gives whether the VM has moved.
 async fn settle(
     pair: &Pair,

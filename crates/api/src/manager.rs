@@ -323,6 +323,9 @@ pub struct CreateVm {
     /// Disk in MiB; none: the image's own size, at least 1024.
     #[serde(default)]
     pub disk_mib: Option<u64>,
+    /// Data disks in MiB each, empty at first: beside the one that lies on the image.
+    #[serde(default)]
+    pub data_disks_mib: Vec<u64>,
     /// The pool; none: `default`.
     #[serde(default)]
     pub pool: Option<Name>,

@@ -168,6 +168,7 @@ pub fn vm(name: &str) -> Vm {
             vcpus: 2,
             memory_mib: 256,
             disk_mib: 1024,
+            data_disks_mib: Vec::new(),
             image: ImageId::from_entropy([1; 10]),
             pool: "default".parse().expect("a name"),
             machine_type: "pc-q35-7.2".to_owned(),

@@ -407,7 +407,7 @@ fn facts(snapshot: &Snapshot) -> Facts {
         .with_some("guest slower by", captured.guest_slowdown_percent.map(|percent| format!("{percent} %")))
         .with("took", units::millis(captured.total_ms))
         .with_some("memory taken", captured.way.map(|way| taken(way, captured.rounds)))
-        .with("layers", captured.layers.len())
+        .with("layers", captured.longest_chain())
 }
 
 fn taken(way: CaptureWay, rounds: u64) -> String {

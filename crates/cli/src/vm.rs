@@ -281,6 +281,9 @@ fn facts(vm: &Vm, hosts: &HostNames) -> Facts {
         .with("class", &spec.class)
         .with("protected", if spec.protected { "yes" } else { "no" })
         .with("made", instant(vm.created_at));
+    for (index, size_mib) in spec.data_disks_mib.iter().enumerate() {
+        facts = facts.with(format!("data disk {}", index + 1), units::mib(*size_mib));
+    }
     for (index, nic) in spec.nics.iter().enumerate() {
         facts = facts.with(format!("nic {index}"), nic::in_words(nic));
     }

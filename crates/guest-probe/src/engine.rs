@@ -32,8 +32,8 @@ pub type Answer = Box<dyn Fn(&str) + Send>;
 /// How a probe is set up.
 #[derive(Debug, Clone, Default)]
 pub struct Config {
-    /// Directory for files; without it the probe has none and says so.
-    pub data: Option<PathBuf>,
+    /// Directories for files, which take turns; without any the probe has no files and says so.
+    pub data: Vec<PathBuf>,
     /// What the memory area does at first.
     pub settings: Settings,
     /// The probe has the kernel for itself: it may drop its caches and panic it. Only true inside a test guest.
@@ -81,11 +81,11 @@ impl Probe {
     /// Starts a probe with its threads, which live as long as the process.
     ///
     /// # Errors
-    /// When the data directory can't be used, or the system has no random bytes or no room for threads.
+    /// When a data directory can't be used, or the system has no random bytes or no room for threads.
     pub fn start(config: &Config) -> io::Result<Arc<Self>> {
         let nonce = random_word()?;
-        let open = |data: &PathBuf| Files::open(data, nonce, config.own_kernel);
-        let files = config.data.as_ref().map(open).transpose()?;
+        let open = || Files::open(&config.data, nonce, config.own_kernel);
+        let files = (!config.data.is_empty()).then(open).transpose()?;
         let memory = Memory::new(nonce, config.settings);
         let (jobs, queue) = sync_channel(MOST_WAITING);
         let probe = Arc::new(Self {

@@ -1,9 +1,12 @@
-//! Files on the guest's disk that must still be there, unchanged, whatever happened to the guest.
+//! Files on the guest's disks that must still be there, unchanged, whatever happened to the guest.
 //!
 //! A file counts from the moment in which it and its directory were fsynced; then its length and checksum stand
 //! in memory, apart from the disk. Verifying drops the kernel's caches first, so that it reads the disk and not
 //! a copy in memory. A file also carries its own checksum: a probe that starts on a disk with files adopts those
 //! that are intact and counts the others as wrong, so nothing that was acknowledged before a crash goes missing unnoticed.
+//!
+//! With several directories, one on each disk, they take turns: the files with the numbers from one to the newest are
+//! always there, so that disks of two instants show as a gap.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -36,10 +39,10 @@ pub struct FilesReport {
     pub first_wrong: Option<u64>,
 }
 
-/// The files of one directory.
+/// The files of one directory, or of several that take turns.
 #[derive(Debug)]
 pub struct Files {
-    directory: PathBuf,
+    directories: Vec<PathBuf>,
     seed: u64,
     own_kernel: bool,
     acknowledged: BTreeMap<u64, Acknowledged>,
@@ -58,18 +61,25 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 }
 
 impl Files {
-    /// Opens the directory, makes it when it is missing, and adopts the files that are in it. With `own_kernel`
+    /// Opens the directories, one at least, makes them when they are missing, and adopts the files that are in them. With `own_kernel`
     /// the probe may tell the kernel to drop its caches, which it must not do to anything but its own guest.
     ///
     /// # Errors
-    /// When the directory can't be made or read.
-    pub fn open(directory: &Path, seed: u64, own_kernel: bool) -> io::Result<Self> {
-        fs::create_dir_all(directory)?;
-        let acknowledged = BTreeMap::new();
-        let mut files = Self { directory: directory.to_owned(), seed, own_kernel, acknowledged, adopted: 0 };
-        for entry in fs::read_dir(directory)? {
-            let name = entry?.file_name();
-            let Some(number) = name.to_str().and_then(number_of) else { continue };
+    /// When a directory can't be made or read, or there is none.
+    pub fn open(directories: &[PathBuf], seed: u64, own_kernel: bool) -> io::Result<Self> {
+        if directories.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no directory for files"));
+        }
+        let mut found = Vec::new();
+        for directory in directories {
+            fs::create_dir_all(directory)?;
+            for entry in fs::read_dir(directory)? {
+                found.extend(entry?.file_name().to_str().and_then(number_of));
+            }
+        }
+        let (directories, acknowledged) = (directories.to_vec(), BTreeMap::new());
+        let mut files = Self { directories, seed, own_kernel, acknowledged, adopted: 0 };
+        for number in found {
             // A file that is not intact gets an entry that nothing can match: it stays wrong.
             let found = files.read(number).ok().and_then(|bytes| intact(&bytes, number));
             files
@@ -124,17 +134,25 @@ impl Files {
         report
     }
 
-    /// Deletes the directory with all that is in it, durably, and goes on expecting the files.
+    /// Deletes the directories with all that is in them, durably, and goes on expecting the files.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn destroy(&self) -> io::Result<()> {
-        fs::remove_dir_all(&self.directory)?;
-        self.directory.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        self.directories.iter().try_for_each(|directory| {
+            fs::remove_dir_all(directory)?;
+            directory.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        })
+    }
+
+    /// The directory whose turn it is.
+    fn directory(&self, number: u64) -> &Path {
+        let turn = number % self.directories.len() as u64;
+        &self.directories[usize::try_from(turn).unwrap_or_default()]
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.directory.join(format!("file-{number:08}"))
+        self.directory(number).join(format!("file-{number:08}"))
     }
 
     fn read(&self, number: u64) -> io::Result<Vec<u8>> {
@@ -142,12 +160,12 @@ impl Files {
     }
 
     fn write_durably(&self, number: u64, bytes: &[u8]) -> io::Result<()> {
-        let unfinished = self.directory.join("unfinished");
+        let unfinished = self.directory(number).join("unfinished");
         let mut file = File::create(&unfinished)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&unfinished, self.path(number))?;
-        File::open(&self.directory)?.sync_all()
+        File::open(self.directory(number))?.sync_all()
     }
 }
 
@@ -187,7 +205,7 @@ mod tests {
 
     fn opened() -> (tempfile::TempDir, Files) {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let mut files = Files::open(&dir.path().join("files"), 5, false).expect("an empty directory opens");
+        let mut files = Files::open(&[dir.path().join("files")], 5, false).expect("an empty directory opens");
         files.write(3, 2).expect("writing works");
         (dir, files)
     }
@@ -217,12 +235,28 @@ mod tests {
     }
 
     #[test]
+    fn directories_take_turns_and_a_file_that_is_missing_in_either_is_wrong() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let both = [dir.path().join("one"), dir.path().join("other")];
+        let mut files = Files::open(&both, 5, false).expect("empty directories open");
+        files.write(5, 1).expect("writing works");
+        let count = |directory: &PathBuf| fs::read_dir(directory).unwrap().count();
+        assert_eq!((count(&both[0]), count(&both[1])), (2, 3));
+        assert_eq!(Files::open(&both, 6, false).unwrap().adopted(), 5);
+        fs::remove_file(both[1].join("file-00000003")).unwrap();
+        assert_eq!(files.verify(), FilesReport { files: 5, wrong: 1, first_wrong: Some(3) });
+        files.destroy().unwrap();
+        assert_eq!(files.verify().wrong, 5);
+        assert!(Files::open(&[], 5, false).is_err());
+    }
+
+    #[test]
     fn a_new_start_adopts_what_is_intact_and_condemns_the_rest() {
         let (dir, files) = opened();
         fs::write(files.path(2), b"short").unwrap();
         fs::write(dir.path().join("files/file-nonsense"), b"not ours").unwrap();
         fs::write(dir.path().join("files/unfinished"), b"never acknowledged").unwrap();
-        let mut again = Files::open(&dir.path().join("files"), 6, false).unwrap();
+        let mut again = Files::open(&[dir.path().join("files")], 6, false).unwrap();
         assert_eq!((again.count(), again.adopted()), (3, 3));
         again.write(1, 1).unwrap();
         assert_eq!(again.verify(), FilesReport { files: 4, wrong: 1, first_wrong: Some(2) });

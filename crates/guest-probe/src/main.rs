@@ -12,7 +12,7 @@ use guest_probe::protocol::Changes;
 use guest_probe::{PORT_NAME, UDP_PORT, netconf, serve};
 
 const USAGE: &str = "usage:
-  guest-probe run [--data DIR] [--listen ADDRESS:PORT] [--own-kernel] [NAME=VALUE …]
+  guest-probe run [--data DIR …] [--listen ADDRESS:PORT] [--own-kernel] [NAME=VALUE …]
   guest-probe netconf FILE
   guest-probe ask ADDRESS:PORT VERB [ARGUMENTS]
 settings: memory_mib, rate_mib_s, hot_mib, pattern";
@@ -56,7 +56,7 @@ fn configuration(words: &[&str]) -> Result<(Config, SocketAddr), String> {
     let mut words = words.iter();
     while let Some(word) = words.next() {
         match *word {
-            "--data" => config.data = Some(PathBuf::from(words.next().ok_or(USAGE)?)),
+            "--data" => config.data.push(PathBuf::from(words.next().ok_or(USAGE)?)),
             "--listen" => listen = socket_address(words.next().ok_or(USAGE)?)?,
             "--own-kernel" => config.own_kernel = true,
             setting => changes.take(setting).map_err(|bad| format!("{bad}\n{USAGE}"))?,

@@ -20,7 +20,7 @@ fn served(config: &Config) -> ProbeClient {
 fn with_files() -> (tempfile::TempDir, ProbeClient) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let settings = Settings { memory_mib: 2, ..Settings::default() };
-    let client = served(&Config { data: Some(dir.path().join("data")), settings, own_kernel: false });
+    let client = served(&Config { data: vec![dir.path().join("data")], settings, own_kernel: false });
     (dir, client)
 }
 

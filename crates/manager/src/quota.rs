@@ -26,7 +26,7 @@ impl Added {
             vms: 1,
             vcpus: u64::from(spec.vcpus),
             memory_mib: spec.memory_mib,
-            disk_mib: spec.disk_mib,
+            disk_mib: spec.disks_mib(),
             ..Usage::default()
         })
     }
@@ -110,7 +110,7 @@ pub fn usage(cluster: &Cluster, segment: &SegmentId) -> Usage {
         usage.vms += 1;
         usage.vcpus += u64::from(vm.spec.vcpus);
         usage.memory_mib = usage.memory_mib.saturating_add(vm.spec.memory_mib);
-        usage.disk_mib = usage.disk_mib.saturating_add(vm.spec.disk_mib);
+        usage.disk_mib = usage.disk_mib.saturating_add(vm.spec.disks_mib());
         vms.insert(vm.value.id.clone());
     }
     let mut bytes: u64 = 0;

@@ -145,6 +145,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 1024,
             disk_mib: 1,
+            data_disks_mib: Vec::new(),
             image: ImageId::from_entropy([0; 10]),
             pool: "default".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),

@@ -93,6 +93,9 @@ pub struct SnapshotFacts {
     pub has_memory: bool,
     /// The frozen layers from the one just above the image to the newest.
     pub layers: Vec<LayerId>,
+    /// The frozen layers of each data disk, from the lowest to the newest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<Vec<LayerId>>,
     /// How long the guest did not run, from QEMU's STOP to its RESUME event, in microseconds. Of a snapshot of a running
     /// VM's disk alone: how long its writes waited.
     pub paused_us: u64,
@@ -106,7 +109,7 @@ pub struct SnapshotFacts {
     /// What the files occupy, in bytes, that hold the rest of the memory and belong to an earlier snapshot as well.
     #[serde(default)]
     pub memory_shared_bytes: u64,
-    /// What the newest frozen layer occupies, in bytes.
+    /// What the newest frozen layers occupy, of all disks, in bytes.
     pub disk_stored_bytes: u64,
     /// Passes over memory that were needed.
     pub rounds: u64,
@@ -120,6 +123,13 @@ pub struct SnapshotFacts {
     /// None: the guest hardly worked, or it is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_slowdown_percent: Option<u32>,
+}
+
+impl SnapshotFacts {
+    /// Of how many frozen layers the disk is that has most.
+    pub fn longest_chain(&self) -> usize {
+        self.data.iter().map(Vec::len).fold(self.layers.len(), usize::max)
+    }
 }
 
 /// What became of a guest's clock after a restore, which put it back too.

@@ -37,6 +37,10 @@ pub const MEMORY_MIB_MIN: u64 = 32;
 pub const VCPUS_MAX: u32 = 255;
 /// Most network interfaces of a VM: one PCI slot each, and a table that a person can read.
 pub const NICS_MAX: usize = 8;
+/// Most data disks of a VM: one PCI slot each.
+pub const DATA_DISKS_MAX: usize = 8;
+/// Largest data disk in MiB: the first table of its layers is one cluster.
+pub const DATA_DISK_MIB_MAX: u64 = 4 << 20;
 /// Longest cloud-init user data in bytes: the limit of the large clouds, so that images don't rely on more.
 pub const USER_DATA_BYTES_MAX: usize = 16 * 1024;
 
@@ -92,6 +96,9 @@ pub struct VmSpec {
     pub memory_mib: u64,
     /// Disk size in MiB; not smaller than the image's.
     pub disk_mib: u64,
+    /// The sizes of its data disks in MiB, which are empty at first; fixed for the VM's life.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data_disks_mib: Vec<u64>,
     /// The image it starts from.
     pub image: ImageId,
     /// The pool that its disk and snapshots are in.
@@ -348,6 +355,11 @@ impl Vm {
 }
 
 impl VmSpec {
+    /// The size of all its disks together, in MiB.
+    pub fn disks_mib(&self) -> u64 {
+        self.data_disks_mib.iter().fold(self.disk_mib, |sum, disk| sum.saturating_add(*disk))
+    }
+
     /// Checks what can be known without asking any host.
     ///
     /// # Errors
@@ -361,6 +373,16 @@ impl VmSpec {
         }
         if self.disk_mib == 0 {
             return Err(Problem::field("disk_mib", self.disk_mib, "at least 1"));
+        }
+        if self.data_disks_mib.len() > DATA_DISKS_MAX {
+            let expected = format!("at most {DATA_DISKS_MAX} data disks");
+            return Err(Problem::field("data_disks_mib", self.data_disks_mib.len(), expected));
+        }
+        for (index, size_mib) in self.data_disks_mib.iter().enumerate() {
+            if !(1..=DATA_DISK_MIB_MAX).contains(size_mib) {
+                let expected = format!("1 to {DATA_DISK_MIB_MAX}");
+                return Err(Problem::field(format!("data_disks_mib.{index}"), size_mib, expected));
+            }
         }
         if self.nics.len() > NICS_MAX {
             return Err(Problem::field("nics", self.nics.len(), format!("at most {NICS_MAX} interfaces")));

@@ -81,6 +81,7 @@ fn vm(number: u32, segment: &Segment) -> Vm {
             vcpus: 2,
             memory_mib: 2048,
             disk_mib: 20_480,
+            data_disks_mib: Vec::new(),
             image: ImageId::from_entropy(entropy(2)),
             pool: "default".parse().expect("a name"),
             machine_type: "pc-q35-7.2".to_owned(),

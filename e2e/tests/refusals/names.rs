@@ -71,6 +71,8 @@ fn sizes_that_no_host_has_are_refused_with_what_there_is() -> Result<()> {
         (sized("--disk", "0MiB"), invalid("disk_mib", "0", "at least 1")),
         (sized("--disk", "-1GiB"), invalid("disk", "-1GiB", "a size like 512MiB")),
         (sized("--disk", "9999TiB"), invalid("disk_mib", "10484711424", "the size of the largest pool")),
+        (sized("--data-disk", "0MiB"), invalid("data_disks_mib.0", "0", "1 to")),
+        (sized("--data-disk", "3TiB"), invalid("data_disks_mib.0", "3145728", "what its other disks leave")),
         (sized("--vcpus", "0"), invalid("vcpus", "0", "1 to 255")),
         (sized("--vcpus", "-3"), invalid("vcpus", "-3", "a number in 0")),
     ] {

@@ -4,7 +4,7 @@
 //! here: if the target's word that the guest runs there does not come, the process is kept as it is, stopped, until
 //! the manager has found out.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use berth_api::agent::{MigrationPath, MigrationSide, TaskOutput, TaskSpec};
@@ -19,7 +19,7 @@ use super::link::{self, Link, Messages, NoFiles};
 use super::marker::{self, Deed, Marker};
 use super::outgoing::{Outgoing, Sending, settle};
 use super::storage::copying::copy_unchanging;
-use super::storage::sending::Top;
+use super::storage::sending::Tops;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::durable::blocking;
 use crate::layout::VmRecord;
@@ -38,7 +38,7 @@ pub(super) const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 const REASON_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the target may be silent after it was told to let the guest run, before its answer is given up.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(15);
-/// Time between two passes over the top during the warm-up.
+/// Time between two passes over the tops during the warm-up.
 const TOP_PASS_EVERY: Duration = Duration::from_millis(400);
 
 /// What the manager asked for.
@@ -130,15 +130,15 @@ async fn run(
         copy_unchanging(vm, context, order, &mut link).await?;
         journey.step(MigrationEvent::LayersThere);
     }
-    let mut top = launch_target(vm, order, &mut link).await?;
+    let mut tops = launch_target(vm, order, &mut link).await?;
     let state = vm.dirs()?.state.clone();
     let marker = blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await?;
     let mut outgoing = start_sending(vm, order, &mut link).await?;
-    let writable = vm.dirs()?.layer(&top_of(vm)?);
-    let stopped = warm_up(&mut outgoing, context, &mut link, top.as_mut(), &writable).await;
+    let writable = layers::top_files(vm.dirs()?, &vm.disks()?);
+    let stopped = warm_up(&mut outgoing, context, &mut link, tops.as_mut(), &writable).await;
     journey.step(MigrationEvent::GuestStopped);
     let loaded = match stopped {
-        Ok(()) => stop_and_copy(&mut outgoing, &mut link, top.as_mut()).await,
+        Ok(()) => stop_and_copy(&mut outgoing, &mut link, tops.as_mut()).await,
         Err(problem) => Err(problem),
     };
     if let Err(problem) = loaded {
@@ -203,13 +203,13 @@ async fn compare_clocks(link: &mut Link<FromTarget>) -> Result<i64, Problem> {
     Ok(best.1)
 }
 
-/// Lets the target start a process that waits, and sends the top as it is now, if the target needs it.
+/// Lets the target start a process that waits, and sends the tops as they are now, if the target needs them.
 async fn launch_target(
     vm: &VmRuntime,
     order: &Order,
     link: &mut Link<FromTarget>,
-) -> Result<Option<Top>, Problem> {
-    let VmRecord { chain, fittings, .. } = vm.vm_record()?.clone();
+) -> Result<Option<Tops>, Problem> {
+    let VmRecord { chain, data, fittings, .. } = vm.vm_record()?.clone();
     let nvram = match &fittings.nvram {
         Some(id) if !order.shared_pool => {
             let directory = vm.dirs()?.nvram(id);
@@ -217,15 +217,15 @@ async fn launch_target(
         }
         Some(_) | None => nvram::Encoded::new(),
     };
-    link.sender.say(&FromSource::Launch { chain, fittings, nvram }).await?;
+    link.sender.say(&FromSource::Launch { chain, data, fittings, nvram }).await?;
     let waiting = |message: &FromTarget| matches!(message, FromTarget::Waiting);
     answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "a process that waits", waiting).await?;
     if order.shared_pool {
         return Ok(None);
     }
-    let mut top = Top::new(vm.dirs()?.layer(&top_of(vm)?));
-    top.pass(&link.sender).await?;
-    Ok(Some(top))
+    let mut tops = Tops::new(layers::top_files(vm.dirs()?, &vm.disks()?));
+    tops.pass(&link.sender).await?;
+    Ok(Some(tops))
 }
 
 /// Lets QEMU start to send, through us.
@@ -241,7 +241,7 @@ async fn start_sending(
         slow_guest_down: true,
         finish_timeout: ANSWER_TIMEOUT,
     };
-    layers::flush(&vm.dirs()?.layer(&top_of(vm)?)).await?;
+    layers::flush(&layers::top_files(vm.dirs()?, &vm.disks()?)).await?;
     let (outgoing, stream) = Outgoing::start(vm.qmp()?, sending).await?;
     let (read, write) = link::halves(stream)?;
     link.sender.send_stream(read);
@@ -249,13 +249,13 @@ async fn start_sending(
     Ok(outgoing)
 }
 
-/// Memory goes over in rounds, and the top in passes beside it, until QEMU has stopped the guest.
+/// Memory goes over in rounds, and the tops in passes beside it, until QEMU has stopped the guest.
 async fn warm_up(
     outgoing: &mut Outgoing,
     context: &TaskContext,
     link: &mut Link<FromTarget>,
-    mut top: Option<&mut Top>,
-    writable: &Path,
+    mut tops: Option<&mut Tops>,
+    writable: &[PathBuf],
 ) -> Result<(), Problem> {
     context.phase(MigrationPhase::WarmUp.as_str());
     let stopped = CancellationToken::new();
@@ -273,8 +273,8 @@ async fn warm_up(
                 () = stopped.cancelled() => return Ok(()),
                 flushed = layers::flush_after(TOP_PASS_EVERY, writable) => flushed?,
             }
-            if let Some(top) = &mut top {
-                top.pass(&link.sender).await?;
+            if let Some(tops) = &mut tops {
+                tops.pass(&link.sender).await?;
             }
         }
     };
@@ -292,19 +292,18 @@ async fn warm_up(
     tokio::try_join!(memory, disk, target).map(|_| ())
 }
 
-/// The last of memory, the devices, and what changed on the disk since the last pass; until the target has loaded it.
+/// The last of memory, the devices, and what changed on the disks since the last pass; until the target has loaded it.
 async fn stop_and_copy(
     outgoing: &mut Outgoing,
     link: &mut Link<FromTarget>,
-    top: Option<&mut Top>,
+    tops: Option<&mut Tops>,
 ) -> Result<(), Problem> {
     let Link { sender, messages } = link;
-    let mut synced = top.is_none();
+    let mut synced = tops.is_none();
     let disk = async {
-        let Some(top) = top else { return Ok(()) };
-        // QEMU has flushed it when it stopped the guest.
-        let pass = top.pass(sender).await?;
-        let message = FromSource::Sync { top_length_bytes: Some(pass.length_bytes) };
+        let Some(tops) = tops else { return Ok(()) };
+        // QEMU has flushed them when it stopped the guest.
+        let message = FromSource::Sync { top_lengths_bytes: tops.pass(sender).await? };
         sender.say(&message).await.map_err(Problem::from)
     };
     let target = async {
@@ -430,8 +429,8 @@ fn unexpected(message: &FromTarget, expected: &'static str) -> Problem {
     WireError::Unexpected { what: format!("{message:?}"), expected }.into()
 }
 
-/// The layer that the guest writes to.
-pub(super) fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
+/// The layer that the guest writes to on its root disk.
+fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
     let top = vm.chain()?.last().cloned();
     top.ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
 }

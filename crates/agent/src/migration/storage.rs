@@ -1,7 +1,7 @@
 //! A VM's files on their way to a host that does not see its pool.
 //!
 //! Nearly all of a VM's disk is in frozen layers and snapshots, which never change and so are copied as plain files while
-//! the guest runs, those left out that the target has already. What the guest is still writing, the top layer, is copied
+//! the guest runs, those left out that the target has already. What the guest is still writing, its disks' top layers, is copied
 //! over and over: each pass sends the chunks that differ from what was sent before, and the last pass, in the pause,
 //! sends what changed since the one before, which is little. See `docs/decisions/0002-storage-of-a-migration.md`.
 //!
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use berth_model::{LayerId, Problem};
 
 use super::wire::{CHUNK_BYTES, FileName, FileOffer, SnapshotPart};
+use crate::disks::Disks;
 use crate::durable::FileError;
 use crate::layout::VmDirs;
 use crate::nvram;
@@ -52,9 +53,10 @@ impl FileName {
 ///
 /// # Errors
 /// When a directory or a manifest can't be read.
-pub fn unchanging(dirs: &VmDirs, writable_top: &LayerId) -> Result<Vec<FileOffer>, Problem> {
+pub fn unchanging(dirs: &VmDirs, writable: &Disks) -> Result<Vec<FileOffer>, Problem> {
     let mut names = vec![FileName::Seed];
-    let layers = layers_present(dirs)?.into_iter().filter(|layer| layer != writable_top);
+    let is_writable = |layer: &LayerId| writable.tops().any(|top| top == layer);
+    let layers = layers_present(dirs)?.into_iter().filter(|layer| !is_writable(layer));
     names.extend(layers.map(|layer| FileName::Layer { layer }));
     for snapshot in archive::list(dirs)? {
         let manifest = match archive::read(dirs, &snapshot) {

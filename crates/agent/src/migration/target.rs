@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use berth_api::agent::{MigrationSide, VmDefinition};
-use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode};
+use berth_model::{HostId, OperationId, Problem, ProblemCode};
 use berth_qmp::commands::AnnounceSelf;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use super::link::{self, Link, Sender};
 use super::marker::{Mark, Marker};
 use super::storage::receiving::Files;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
+use crate::disks::{self, Disks};
 use crate::durable::{self, blocking};
 use crate::fittings::Fittings;
 use crate::layout::VmRecord;
@@ -123,9 +124,8 @@ async fn run(
     if !admission.shared_pool {
         files::make_directories(vm.services(), vm.dirs()?, &admission.definition).await?;
     }
-    let (chain, fittings, nvram) = take_files(link, files, decided).await?;
-    let definition = admission.definition.clone();
-    let record = VmRecord { definition, chain, fittings };
+    let (disks, fittings, nvram) = take_files(link, files, decided).await?;
+    let record = VmRecord::new(admission.definition.clone(), disks, fittings);
     if !admission.shared_pool {
         make_nvram(vm, &record, &nvram).await?;
     }
@@ -238,13 +238,13 @@ async fn welcome(
     Ok(link.sender.say(&FromTarget::Welcome { version: VERSION }).await?)
 }
 
-/// Takes what does not change, until the source asks for a process; gives the disk's layers, what the machine is fitted
+/// Takes what does not change, until the source asks for a process; gives the disks' layers, what the machine is fitted
 /// with, and what it remembers beside its disk.
 async fn take_files(
     link: &mut Link<FromSource>,
     files: &Files,
     decided: &CancellationToken,
-) -> Result<(Vec<LayerId>, Fittings, Encoded), Problem> {
+) -> Result<(Disks, Fittings, Encoded), Problem> {
     loop {
         match next(link, decided, SILENCE_TIMEOUT).await? {
             FromSource::Ping { number } => pong(&link.sender, number).await?,
@@ -252,19 +252,21 @@ async fn take_files(
                 let checksums = files.offer(offers).await?;
                 link.sender.say(&FromTarget::Have { checksums }).await?;
             }
-            FromSource::Sync { top_length_bytes } => {
-                files.sync(top_length_bytes).await?;
+            FromSource::Sync { top_lengths_bytes } => {
+                files.sync(top_lengths_bytes).await?;
                 link.sender.say(&FromTarget::Synced).await?;
             }
-            FromSource::Launch { chain, fittings, nvram } => return Ok((chain, fittings, nvram)),
+            FromSource::Launch { chain, data, fittings, nvram } => {
+                return Ok((Disks::new(chain, data), fittings, nvram));
+            }
             FromSource::Failed { problem } => return Err(problem),
             other => return Err(unexpected(&other, "files")),
         }
     }
 }
 
-/// A process that waits, guest not running. With a pool of our own the writable top is made anew, empty: it is written
-/// over while the process has it open, which looks at it again before the guest runs.
+/// A process that waits, guest not running. With a pool of our own the writable tops are made anew, empty: they are written
+/// over while the process has them open, which looks at them again before the guest runs.
 async fn start_process(
     vm: &mut VmRuntime,
     admission: &Admission,
@@ -272,14 +274,14 @@ async fn start_process(
     link: &mut Link<FromSource>,
     files: &Files,
 ) -> Result<Incoming, Problem> {
-    let VmRecord { chain, fittings, .. } = record.clone();
+    let (disks, fittings) = (record.disks(), record.fittings.clone());
+    check_disks(&disks, &record.definition)?;
     vm.set_vm_record(record).await?;
     if !admission.shared_pool {
-        make_top(vm, &chain).await?;
-        let top = chain.last().map(|top| vm.dirs().map(|dirs| dirs.layer(top))).transpose()?;
-        files.expect_top(top.unwrap_or_default()).await?;
+        make_tops(vm, &disks).await?;
+        files.expect_tops(layers::top_files(vm.dirs()?, &disks)).await?;
     }
-    let plan = LaunchPlan { chain, memory: Memory::Anonymous, fittings, incoming: true };
+    let plan = LaunchPlan { disks, memory: Memory::Anonymous, fittings, incoming: true };
     let launched = vm.launch(&plan).await?;
     vm.install(launched).await?;
     let qmp = vm.qmp()?;
@@ -304,21 +306,32 @@ async fn make_nvram(vm: &VmRuntime, record: &VmRecord, nvram: &Encoded) -> Resul
     .await
 }
 
-async fn make_top(vm: &VmRuntime, chain: &[LayerId]) -> Result<(), Problem> {
-    let wrong = || {
-        Problem::new(ProblemCode::InvalidInput, "the source named no layers, or layers that it did not send")
-    };
-    let (top, below) = chain.split_last().ok_or_else(wrong)?;
-    let dirs = vm.dirs()?;
-    if chain.iter().enumerate().any(|(at, layer)| chain[..at].contains(layer))
-        || below.iter().any(|layer| !dirs.layer(layer).exists())
-    {
-        return Err(wrong());
+/// The source must name as many disks as the manager did, and no layer twice.
+fn check_disks(disks: &Disks, definition: &VmDefinition) -> Result<(), Problem> {
+    if disks::are_of(disks, definition) {
+        return Ok(());
     }
-    crate::disk::create_layer(vm, top, below.last()).await
+    let message = format!(
+        "the source named layers of {} disks, or some twice or none, expected those of {}",
+        disks.count(),
+        disks::count(definition)
+    );
+    Err(Problem::new(ProblemCode::InvalidInput, message))
 }
 
-/// The stream goes into QEMU and the top's changes onto the disk, until both are through.
+async fn make_tops(vm: &VmRuntime, disks: &Disks) -> Result<(), Problem> {
+    let dirs = vm.dirs()?;
+    if disks.clone().frozen().layers().any(|layer| !dirs.layer(layer).exists()) {
+        return Err(Problem::new(ProblemCode::InvalidInput, "the source named layers that it did not send"));
+    }
+    for (disk, chain) in disks.each().enumerate() {
+        let Some((top, below)) = chain.split_last() else { continue };
+        crate::disk::create_layer(vm, disk, top, below.last()).await?;
+    }
+    Ok(())
+}
+
+/// The stream goes into QEMU and the tops' changes onto the disk, until both are through.
 async fn load(
     incoming: &mut Incoming,
     mut synced: bool,
@@ -338,9 +351,9 @@ async fn load(
             () = decided.cancelled() => return Err(was_decided()),
         };
         match message {
-            // The only one after a process was asked for: the guest has stopped and the top is as it will be.
-            FromSource::Sync { top_length_bytes } => {
-                files.sync(top_length_bytes).await?;
+            // The only one after a process was asked for: the guest has stopped and the tops are as they will be.
+            FromSource::Sync { top_lengths_bytes } => {
+                files.sync(top_lengths_bytes).await?;
                 link.sender.say(&FromTarget::Synced).await?;
                 synced = true;
             }

@@ -14,13 +14,13 @@
 //!    │ Sync ────────────────────────────────────────────────────► │
 //!    │ ◄───────────────────────────────────────────────── Synced │
 //!    │                                                            │
-//!    │ Launch {chain} ──────────────────────────────────────────► │ a process that waits, guest not running
+//!    │ Launch {chain, data} ────────────────────────────────────► │ a process that waits, guest not running
 //!    │ ◄──────────────────────────────────────────────── Waiting │
-//!    │ data, hole, … of the writable top, again and again ──────► │ into the top's file (local pools)
+//!    │ data, hole, … of the writable tops, again and again ─────► │ into the tops' files (local pools)
 //!    │ stream, stream, … ───────────────────────────────────────► │ to QEMU, as it comes
 //!    │ ◄─────────────────────────────────────── answer, answer, … │ from QEMU
-//!    │ STOP; data of the top that changed; Sync ────────────────► │
-//!    │ stream …, stream end ────────────────────────────────────► │ QEMU has loaded it; the top is on the disk
+//!    │ STOP; data of the tops that changed; Sync ───────────────► │
+//!    │ stream …, stream end ────────────────────────────────────► │ QEMU has loaded it; the tops are on the disk
 //!    │ ◄───────────────────────────────────────────────── Loaded │
 //!    │ writes down that it gives the VM away                      │
 //!    │ Commit ──────────────────────────────────────────────────► │ cont
@@ -40,13 +40,14 @@ use berth_model::{LayerId, Problem, SnapshotId};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::disks::DISKS_MAX;
 use crate::fittings::Fittings;
 use crate::nvram::Encoded;
 
 /// The name in the connection's `Upgrade` header.
 pub const UPGRADE: &str = "berth-migration";
 /// The protocol's version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a file in one frame, aligned to the same: what is compared, hashed and sent as one.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Most bytes of QEMU's stream in one frame. More: what is urgent waits behind it; less: more work for each byte.
@@ -98,7 +99,7 @@ pub enum Frame<'a> {
     Control(&'a [u8]),
     /// Bytes of a file; whole chunks but at its end.
     Data {
-        /// The file's number in the last offer; [`TOP_FILE`] for the writable top.
+        /// The file's number in the last offer; [`top_file`] for a writable top.
         file: u32,
         /// Where in the file.
         offset: u64,
@@ -129,8 +130,18 @@ pub enum Frame<'a> {
     Answer(&'a [u8]),
 }
 
-/// The number that stands for the writable top in data frames.
-pub const TOP_FILE: u32 = u32::MAX;
+/// The number that stands for the root disk's writable top in data frames. Those of the other disks' lie below it.
+const ROOT_TOP_FILE: u32 = u32::MAX;
+
+/// The number that stands for a disk's writable top in data frames.
+pub fn top_file(disk: usize) -> u32 {
+    ROOT_TOP_FILE.saturating_sub(u32::try_from(disk).unwrap_or(u32::MAX))
+}
+
+/// The disk whose writable top a number stands for; none if it is the number of an offered file.
+pub fn disk_of_top(file: u32) -> Option<usize> {
+    usize::try_from(ROOT_TOP_FILE - file).ok().filter(|disk| *disk < DISKS_MAX)
+}
 
 /// A file that belongs to a VM, by what it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,10 +215,12 @@ pub enum FromSource {
         files: Vec<FileOffer>,
     },
     Sync {
-        top_length_bytes: Option<u64>,
+        top_lengths_bytes: Vec<u64>,
     },
     Launch {
         chain: Vec<LayerId>,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        data: Vec<Vec<LayerId>>,
         #[serde(default)]
         fittings: Fittings,
         #[serde(default, skip_serializing_if = "Encoded::is_empty")]
@@ -454,12 +467,21 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn tops_have_numbers_that_no_offered_file_has() {
+        for disk in 0..DISKS_MAX {
+            assert_eq!(disk_of_top(top_file(disk)), Some(disk));
+        }
+        assert_eq!(disk_of_top(top_file(DISKS_MAX)), None);
+        assert_eq!(disk_of_top(65_535), None);
+    }
+
     #[tokio::test]
     async fn frames_come_out_as_they_went_in() {
         let mut writer = FrameWriter::new(Vec::new());
         writer.control(&FromSource::Commit).await.expect("control");
         writer.data(3, CHUNK_BYTES as u64, b"abc").await.expect("data");
-        writer.hole(TOP_FILE, 0, 9).await.expect("hole");
+        writer.hole(top_file(1), 0, 9).await.expect("hole");
         writer.stream(b"QEVM").await.expect("stream");
         writer.stream_end().await.expect("end");
         writer.answer(b"x").await.expect("answer");
@@ -468,7 +490,8 @@ mod tests {
         assert_eq!(serde_json::from_slice::<FromSource>(json).expect("message"), FromSource::Commit);
         let data = Frame::Data { file: 3, offset: CHUNK_BYTES as u64, bytes: b"abc" };
         assert_eq!(reader.next().await.expect("frame"), data);
-        assert_eq!(reader.next().await.expect("frame"), Frame::Hole { file: TOP_FILE, offset: 0, length: 9 });
+        let hole = Frame::Hole { file: top_file(1), offset: 0, length: 9 };
+        assert_eq!(reader.next().await.expect("frame"), hole);
         assert_eq!(reader.next().await.expect("frame"), Frame::Stream(b"QEVM"));
         assert_eq!(reader.next().await.expect("frame"), Frame::StreamEnd);
         assert_eq!(reader.next().await.expect("frame"), Frame::Answer(b"x"));

@@ -15,13 +15,13 @@ pub const FIRMWARE_NODE: &str = "firmware";
 /// The node of the firmware's variables.
 pub const VARIABLES_NODE: &str = "variables";
 
-/// A VM's disk from its image to its writable top.
+/// A disk of a VM from its bottom to its writable top.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain<'a> {
     /// The VM's directories.
     pub dirs: &'a VmDirs,
-    /// The image at the bottom, which may have no disk.
-    pub image: &'a Image,
+    /// The image at the bottom, which may have no disk; none under a data disk.
+    pub image: Option<&'a Image>,
     /// The layers above it.
     pub layers: &'a [LayerId],
     /// Whether the writable layer is to go past the host's page cache.
@@ -40,7 +40,7 @@ pub enum Backing {
 impl Chain<'_> {
     /// The nodes' names from the bottom to the top.
     pub fn nodes(&self) -> Vec<String> {
-        let image = self.image.part(PartRole::Disk).map(|_| image_node(self.image));
+        let image = self.bottom().map(|(image, _)| image_node(image));
         image.into_iter().chain(self.layers.iter().map(layer_node)).collect()
     }
 
@@ -53,9 +53,9 @@ impl Chain<'_> {
     pub fn node_options(&self) -> Vec<Value> {
         let mut all = Vec::new();
         let mut backing = Backing::None;
-        if let Some(part) = self.image.part(PartRole::Disk) {
-            all.push(self.image_options(part));
-            backing = Backing::Node(image_node(self.image));
+        if let Some((image, part)) = self.bottom() {
+            all.push(self.image_options(image, part));
+            backing = Backing::Node(image_node(image));
         }
         for (index, layer) in self.layers.iter().enumerate() {
             let access = match index + 1 == self.layers.len() {
@@ -68,9 +68,13 @@ impl Chain<'_> {
         all
     }
 
-    fn image_options(&self, part: &ImagePart) -> Value {
-        let path = self.dirs.pool.part(&self.image.id, PartRole::Disk, part.format);
-        let node = image_node(self.image);
+    fn bottom(&self) -> Option<(&Image, &ImagePart)> {
+        self.image.and_then(|image| Some((image, image.part(PartRole::Disk)?)))
+    }
+
+    fn image_options(&self, image: &Image, part: &ImagePart) -> Value {
+        let path = self.dirs.pool.part(&image.id, PartRole::Disk, part.format);
+        let node = image_node(image);
         let file = file_options(&path, &format!("f{node}"), Access::Frozen);
         match part.format {
             PartFormat::Raw => json!({"driver": "raw", "node-name": node, "read-only": true, "file": file}),

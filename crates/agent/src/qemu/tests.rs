@@ -4,6 +4,7 @@ use super::*;
 use berth_model::image::{PartFormat, PartRole};
 use berth_model::vm::Nic as NicSpec;
 
+use crate::disks::Disks;
 use crate::fittings::Fittings;
 use crate::layout::{PoolDirs, VmDirs};
 use crate::testing;
@@ -47,12 +48,43 @@ fn lines(machine: &Machine<'_>) -> String {
     text.trim_start().to_owned()
 }
 
+fn chain(layers: &[u8]) -> Vec<LayerId> {
+    layers.iter().map(|layer| LayerId::from_entropy([*layer; 10])).collect()
+}
+
+fn root(layers: &[u8]) -> Disks {
+    Disks::new(chain(layers), Vec::new())
+}
+
+#[test]
+fn data_disks_have_chains_and_places_of_their_own() {
+    let definition = testing::definition(1);
+    let disks = Disks::new(chain(&[2, 3]), vec![chain(&[4, 5]), chain(&[6])]);
+    let plan = LaunchPlan::cold(disks, Fittings::default());
+    let machine = Machine {
+        definition: &definition,
+        dirs: &dirs(),
+        plan: &plan,
+        accelerator: Accelerator::Tcg,
+        nics: &[],
+        direct_io: true,
+        firmware_code: Path::new("/firmware/code.fd"),
+    };
+    let without = LaunchPlan::cold(root(&[2, 3]), Fittings::default());
+    let without = lines(&Machine { plan: &without, ..machine.clone() });
+    let text = lines(&machine);
+    // The first word after a line's break is an option: what a machine without data disks has is all there, unchanged.
+    let more: Vec<&str> = text.lines().filter(|line| !without.lines().any(|one| one == *line)).collect();
+    assert_eq!(text.lines().count(), without.lines().count() + more.len());
+    insta::assert_snapshot!(more.join("\n"));
+}
+
 #[test]
 fn a_cold_start_on_a_raw_image_with_two_layers() {
     let mut definition = testing::definition(1);
     definition.spec.nics = vec![testing::nic(None, None), testing::nic(None, None)];
     let plan = LaunchPlan::cold(
-        vec![LayerId::from_entropy([2; 10]), LayerId::from_entropy([3; 10])],
+        root(&[2, 3]),
         Fittings {
             generation_id: Some("11111111-2222-4333-8444-555555555555".into()),
             ..Fittings::default()
@@ -82,7 +114,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
     definition.spec.tpm = true;
     definition.spec.nics = vec![testing::nic(Some("198.18.5.20/24"), Some("198.18.5.1"))];
     let plan = LaunchPlan {
-        chain: vec![LayerId::from_entropy([2; 10])],
+        disks: root(&[2]),
         memory: Memory::Image("/pool/vms/a,b/memory.raw".into()),
         fittings: Fittings { nvram: Some(LayerId::from_entropy([2; 10])), ..Fittings::default() },
         incoming: true,
@@ -111,7 +143,7 @@ fn a_restored_guest_of_a_kernel_image_with_user_mode_network() {
 fn an_isolated_machine_has_its_interface_and_it_leads_nowhere() {
     let mut definition = testing::definition(1);
     definition.spec.nics = vec![testing::nic(None, None)];
-    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])], Fittings::default());
+    let plan = LaunchPlan::cold(root(&[2]), Fittings::default());
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),
@@ -132,7 +164,7 @@ fn what_people_wrote_can_not_become_an_option() {
     definition.spec.machine_type = "q35,kernel=/etc/shadow".into();
     definition.spec.cpu_model = "max,enforce".into();
     definition.spec.nics = vec![NicSpec { mac: "52:54:00:12:34:56,x=y".into(), ..testing::nic(None, None) }];
-    let plan = LaunchPlan::cold(vec![LayerId::from_entropy([2; 10])], Fittings::default());
+    let plan = LaunchPlan::cold(root(&[2]), Fittings::default());
     let machine = Machine {
         definition: &definition,
         dirs: &dirs(),

@@ -25,6 +25,7 @@ use berth_model::vm::Nic;
 use berth_model::{LayerId, SnapshotId};
 use serde::{Deserialize, Serialize};
 
+use crate::disks::{self, Disks};
 use crate::durable::{self, FileError};
 use crate::fittings::Fittings;
 use crate::layout::VmDirs;
@@ -48,6 +49,9 @@ pub struct Manifest {
     pub definition: VmDefinition,
     /// The frozen layers from the one above the image to the newest.
     pub layers: Vec<LayerId>,
+    /// The frozen layers of each data disk, from the lowest to the newest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<Vec<LayerId>>,
     /// What its machine was fitted with.
     #[serde(default)]
     pub fittings: Fittings,
@@ -62,6 +66,18 @@ pub struct Manifest {
     /// The interfaces as the guest in this memory knows them, when those are another VM's: see `snapshot/clone.rs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub borrowed_nics: Option<Vec<Nic>>,
+}
+
+impl Manifest {
+    /// The frozen layers of all disks.
+    pub fn disks(&self) -> Disks {
+        Disks::new(self.layers.clone(), self.data.clone())
+    }
+
+    /// Puts other layers in their place, which hold the same.
+    pub fn set_disks(&mut self, disks: Disks) {
+        (self.layers, self.data) = disks.into_parts();
+    }
 }
 
 /// What is known of a memory image.
@@ -207,6 +223,12 @@ pub fn read(dirs: &VmDirs, snapshot: &SnapshotId) -> Result<Manifest, ArchiveErr
             named: manifest.snapshot,
             format: manifest.format,
         });
+    }
+    let (named, expected) = (manifest.disks().count(), disks::count(&manifest.definition));
+    if named != expected {
+        let (snapshot, path) = (snapshot.clone(), SnapshotFiles::of(dirs, snapshot).manifest());
+        let detail = format!("it names layers of {named} disks, and its VM has {expected}");
+        return Err(ArchiveError::Damaged { snapshot, path, detail });
     }
     Ok(manifest)
 }

@@ -1,9 +1,9 @@
-//! Taking the memory and device state of a guest, together with its disk's layer, at one instant.
+//! Taking the memory and device state of a guest, together with its disks' layers, at one instant.
 //!
 //! ```text
 //! guest runs   QEMU ──pass 1, 2, 3 …──► collector (a thread) ──► memory.raw
 //! STOP         what is left fits into the pause; disks are flushed
-//!              layers are switched: the disk's instant is the memory's; the firmware's variables are copied
+//!              layers are switched: the disks' instant is the memory's; the firmware's variables are copied
 //!              last pages and device state                ──► memory.raw, device.bin
 //! RESUME       the guest goes on, on the new layer
 //! ```
@@ -15,7 +15,7 @@
 //! a machine that was sent away while paused can't be sent again and has let go of its disks. So the reader says
 //! nothing at the end and hangs up: QEMU takes that for a failure, and keeps its disks.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use berth_model::LayerId;
@@ -32,6 +32,7 @@ use super::image::MemoryImage;
 use super::layers;
 use super::memory::{CollectError, Collected, collect};
 use super::slowdown::{self, CpuTime};
+use crate::disks::Disks;
 use crate::durable::with_causes;
 use crate::migration::convergence::PauseBudget;
 use crate::migration::outgoing::{Outgoing, Passage, Sending, settle};
@@ -64,11 +65,11 @@ pub struct Capture<'a> {
     pub files: &'a SnapshotFiles,
     /// Length of the guest's memory in bytes.
     pub memory_bytes: u64,
-    /// The layer that the guest writes to, which is frozen.
-    pub old_top: &'a LayerId,
-    /// That layer's file.
-    pub old_top_path: &'a Path,
-    /// The layer that it writes to afterwards; open and empty.
+    /// The disks' layers, whose tops the guest writes to and are frozen.
+    pub disks: &'a Disks,
+    /// Those tops' files.
+    pub top_files: Vec<PathBuf>,
+    /// What the layers that it writes to afterwards are named by; open and empty.
     pub new_top: &'a LayerId,
     /// What the machine remembers beside its disk, and where it is kept.
     pub nvram: Option<Keeping>,
@@ -150,7 +151,7 @@ impl Capture<'_> {
         let cpu_begun = self.cpu_before.as_ref().and_then(CpuTime::later);
         context.phase(BACKGROUND);
         // Now and not when QEMU flushes with the guest stopped.
-        let _ = layers::flush_after(Duration::ZERO, self.old_top_path).await;
+        let _ = layers::flush_after(Duration::ZERO, &self.top_files).await;
         let (mut background, stream) = match Background::stop(self.qmp).await {
             Ok(stopped) => stopped,
             Err(error) => {
@@ -161,7 +162,7 @@ impl Capture<'_> {
         let (arrived, first_page) = oneshot::channel();
         let collector = self.collector(stream, base, Some(arrived));
         let taken = async {
-            layers::switch(self.qmp, self.old_top, self.new_top).await.map_err(layers::refused)?;
+            layers::switch(self.qmp, self.disks, self.new_top).await.map_err(layers::refused)?;
             switched = true;
             let paused_us = background.begin(first_page).await?;
             let report =
@@ -225,7 +226,7 @@ impl Capture<'_> {
             }
             () = self.keep_flushed() => {}
         }
-        layers::switch(self.qmp, self.old_top, self.new_top).await.map_err(layers::refused)?;
+        layers::switch(self.qmp, self.disks, self.new_top).await.map_err(layers::refused)?;
         *switched = true;
         if let Some(nvram) = &self.nvram {
             nvram.keep().await?;
@@ -246,7 +247,7 @@ impl Capture<'_> {
     async fn keep_flushed(&self) {
         loop {
             // A disk that can't be flushed is the guest's to be told of, by QEMU.
-            let _ = layers::flush_after(FLUSH_EVERY, self.old_top_path).await;
+            let _ = layers::flush_after(FLUSH_EVERY, &self.top_files).await;
         }
     }
 

@@ -39,15 +39,16 @@ use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use super::archive::{self, Draft, Manifest, SnapshotFiles};
-use super::overlay::{self, Below};
 use super::{Target, hashes, layers, restore};
 use crate::disk::FROZEN_MODE;
+use crate::disks::Disks;
 use crate::durable::{self, FileError, blocking};
 use crate::image;
 use crate::layout::{VmDirs, VmRecord};
 use crate::nvram::{self, Place};
 use crate::room::Room;
 use crate::task::TaskContext;
+use crate::vm::process::Ground;
 use crate::vm::{VmRuntime, files, lifecycle};
 
 /// How much is copied at once where the file system can't share blocks.
@@ -108,9 +109,7 @@ pub(super) async fn make_and_start(
     let after_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     let (state, running_us) = if runs { (VmState::Running, after_us) } else { (VmState::Paused, 0) };
     // The guest runs: now there is time for the disk.
-    if let Some(top) = vm.chain()?.last() {
-        layers::sync(&vm.dirs()?.layer(top)).await?;
-    }
+    layers::sync(vm.dirs()?, &vm.disks()?).await?;
     let stored = stored_bytes(vm, wish).await?;
     let (shared_bytes, copied_bytes) = if wish.share { (stored, 0) } else { (0, stored) };
     let facts = CloneFacts { running_us, shared_bytes, copied_bytes };
@@ -165,19 +164,20 @@ async fn make(vm: &mut VmRuntime, task: &TaskContext, wish: &Wish<'_>) -> Result
     while let Err(problem) = take(&taking, &manifest, &definition, wish.first_snapshot, reader).await {
         // The origin's layers may have been merged in the middle: then the snapshot lies on others now.
         let now = archive::read(&taking.origin, wish.snapshot)?;
-        if now.layers == manifest.layers {
+        if now.disks() == manifest.disks() {
             return Err(problem);
         }
         manifest = now;
     }
+    let ground = Ground { services: Arc::clone(&services), definition, dirs: dirs.clone() };
+    let definition = &ground.definition;
     let top = &definition.first_layer;
-    make_top(reader, &dirs, &definition, &manifest.layers, top).await?;
+    layers::create(&ground, &manifest.disks(), top).await?;
     make_nvram(&taking, reader, &manifest, top).await?;
-    files::write_seed(&services, &dirs, &definition).await?;
+    files::write_seed(&services, &dirs, definition).await?;
     let fittings = manifest.fittings.renewed(top)?;
-    let mut chain = manifest.layers;
-    chain.push(top.clone());
-    vm.set_vm_record(VmRecord { definition, chain, fittings }).await
+    let disks = manifest.disks().with_tops(top);
+    vm.set_vm_record(VmRecord::new(ground.definition, disks, fittings)).await
 }
 
 /// What is frozen.
@@ -191,7 +191,7 @@ async fn take(
     let (taking, manifest) = (taking.clone(), manifest.clone());
     let own = first.map(|snapshot| first_manifest(&manifest, definition, snapshot.clone()));
     blocking(move || {
-        taking.layers(&manifest.layers)?;
+        taking.layers(&manifest.disks())?;
         own.map_or(Ok(()), |own| taking.snapshot(&manifest.snapshot, &own, reader))
     })
     .await
@@ -207,6 +207,7 @@ fn machine(manifest: &Manifest, wanted: &VmDefinition) -> Result<VmDefinition, P
     let mut definition = VmDefinition { image: then.image.clone(), ..wanted.clone() };
     let (spec, was) = (&mut definition.spec, &then.spec);
     (spec.vcpus, spec.memory_mib, spec.disk_mib) = (was.vcpus, was.memory_mib, was.disk_mib);
+    spec.data_disks_mib.clone_from(&was.data_disks_mib);
     spec.image.clone_from(&was.image);
     spec.machine_type.clone_from(&was.machine_type);
     (spec.firmware, spec.tpm) = (was.firmware, was.tpm);
@@ -223,22 +224,6 @@ fn first_manifest(manifest: &Manifest, definition: &VmDefinition, snapshot: Snap
         borrowed_nics: Some(manifest.borrowed_nics.clone().unwrap_or_else(known)),
         ..manifest.clone()
     }
-}
-
-async fn make_top(
-    owner: Option<u32>,
-    dirs: &VmDirs,
-    definition: &VmDefinition,
-    below: &[LayerId],
-    top: &LayerId,
-) -> Result<(), Problem> {
-    let (path, below) = (dirs.layer(top), format!("{}.qcow2", super::last(below)?));
-    let size_bytes = definition.spec.disk_mib.saturating_mul(1 << 20);
-    blocking(move || {
-        let below = Below { path: &below, format: "qcow2" };
-        Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
-    })
-    .await
 }
 
 /// What the clone's machine remembers beside its disk: what the origin's did. It is the clone's own from here on.
@@ -278,8 +263,8 @@ impl Taking {
     ///
     /// # Errors
     /// When one is not there, or not frozen.
-    pub(super) fn layers(&self, layers: &[LayerId]) -> Result<(), Problem> {
-        for layer in layers {
+    pub(super) fn layers(&self, disks: &Disks) -> Result<(), Problem> {
+        for layer in disks.layers() {
             let (from, to) = (self.origin.layer(layer), self.dirs.layer(layer));
             let found = fs::metadata(&from).map_err(FileError::io(&from, "found"))?;
             if found.permissions().mode() & 0o222 != 0 {
@@ -292,7 +277,7 @@ impl Taking {
                 hashes::link(&self.origin, &self.dirs, layer)?;
             }
         }
-        Ok(layers.last().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
+        Ok(disks.tops().next().map_or(Ok(()), |last| durable::sync_parent(&self.dirs.layer(last)))?)
     }
 
     /// A snapshot's files, which become those of this manifest's.
@@ -373,10 +358,10 @@ fn after(file: &fs::File, from: SeekFrom) -> io::Result<Option<u64>> {
 /// What the clone's frozen files occupy.
 async fn stored_bytes(vm: &VmRuntime, wish: &Wish<'_>) -> Result<u64, Problem> {
     let dirs = vm.dirs()?.clone();
-    let below = vm.chain()?.split_last().map_or(Vec::new(), |(_, below)| below.to_vec());
+    let below = vm.disks()?.frozen();
     let snapshot = wish.first_snapshot.map(|first| dirs.snapshot(first));
     blocking(move || {
-        let mut paths: Vec<_> = below.iter().map(|layer| dirs.layer(layer)).collect();
+        let mut paths: Vec<_> = below.layers().map(|layer| dirs.layer(layer)).collect();
         if let Some(directory) = snapshot {
             let entries = fs::read_dir(&directory).map_err(FileError::io(&directory, "read"))?;
             paths.extend(entries.flatten().map(|entry| entry.path()));

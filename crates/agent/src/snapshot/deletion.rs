@@ -15,8 +15,9 @@ use berth_model::{LayerId, Problem, SnapshotId, VmId};
 
 use super::archive::{self, SnapshotFiles};
 use super::merge::choice::{Stored, Tree, replaced};
-use super::merge::{MergeStatistics, read_tree};
+use super::merge::{MergeStatistics, read_trees};
 use super::remove_unneeded_layers;
+use crate::disks::Disks;
 use crate::durable::{self, FileError, blocking};
 use crate::layout::{HostRecord, VmDirs, VmRecord};
 use crate::services::Services;
@@ -38,7 +39,7 @@ pub async fn delete(
     snapshot: &SnapshotId,
 ) -> Result<TaskOutput, Problem> {
     context.phase("deleting");
-    let (dirs, live, snapshot) = (vm.dirs()?.clone(), vm.chain()?.to_vec(), snapshot.clone());
+    let (dirs, live, snapshot) = (vm.dirs()?.clone(), vm.disks()?, snapshot.clone());
     let facts = forecast_of(vm.services(), &dirs, &live, &snapshot).await?;
     blocking(move || {
         archive::remove(&dirs, &snapshot)?;
@@ -67,24 +68,33 @@ pub async fn forecast(
         Ok((dirs, record))
     })
     .await?;
-    let live = record.ok_or_else(|| Problem::not_found("vm", vm))?.chain;
+    let live = record.ok_or_else(|| Problem::not_found("vm", vm))?.disks();
     forecast_of(services, &dirs, &live, snapshot).await
 }
 
 async fn forecast_of(
     services: &Services,
     dirs: &VmDirs,
-    live: &[LayerId],
+    live: &Disks,
     snapshot: &SnapshotId,
 ) -> Result<DeletionFacts, Problem> {
-    let (at, way, gone) = (dirs.clone(), live.to_vec(), snapshot.clone());
-    let (mut tree, mut facts) = blocking(move || {
+    let (at, live, gone) = (dirs.clone(), live.clone(), snapshot.clone());
+    let (trees, mut facts) = blocking(move || {
         let mut facts = DeletionFacts { freed_bytes: own_bytes(&at, &gone)?, ..DeletionFacts::default() };
-        let mut tree = read_tree(&at, &way, Some(&gone))?;
-        facts.freed_bytes += drop_unneeded(&mut tree);
-        Ok((tree, facts))
+        let mut trees = read_trees(&at, &live, Some(&gone))?;
+        facts.freed_bytes += trees.iter_mut().map(drop_unneeded).sum::<u64>();
+        Ok((trees, facts))
     })
     .await?;
+    for tree in trees {
+        merges_ahead(services, dirs, tree, &mut facts).await;
+    }
+    facts.merging_ms = facts.merged_bytes / pace(&services.merges);
+    Ok(facts)
+}
+
+/// What the merges of one disk's layers will come to.
+async fn merges_ahead(services: &Services, dirs: &VmDirs, mut tree: Tree, facts: &mut DeletionFacts) {
     // What a layer that is yet to be made is made of.
     let mut made_of: BTreeMap<LayerId, Vec<LayerId>> = BTreeMap::new();
     for number in 0..MERGES_AHEAD {
@@ -108,8 +118,6 @@ async fn forecast_of(
         facts.merged_bytes += bytes;
         facts.freed_later_bytes += drop_unneeded(&mut tree).saturating_sub(bytes);
     }
-    facts.merging_ms = facts.merged_bytes / pace(&services.merges);
-    Ok(facts)
 }
 
 /// An id that no layer has.

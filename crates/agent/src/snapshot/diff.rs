@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use berth_api::agent::{ComparePath, CompareQuery};
-use berth_inspect::{Aspect, Comparison, LayerFile, LayerFormat, Options};
+use berth_inspect::{Aspect, Comparison, FileSystemChanges, LayerFile, LayerFormat, Options};
 use berth_model::diff::{
     ConfigurationChange, FileAspect, FileChange, FileChangeKind, FileSystemDiff, MemoryDiff, SnapshotDiff,
 };
@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use super::archive::{self, ArchiveError, Manifest, SnapshotFiles};
 use crate::agent::Agent;
+use crate::disks;
 use crate::durable::{self, FileError, blocking, with_causes};
 use crate::layout::{HostRecord, VmDirs};
 
@@ -39,18 +40,51 @@ pub async fn compare(agent: &Agent, path: ComparePath, query: CompareQuery) -> R
         let to = archive::read(&dirs, &path.to)?;
         let list_max = query.list.unwrap_or(LIST_DEFAULT);
         let options = Options { content: query.content.unwrap_or_default(), list_max };
-        let disks = berth_inspect::compare(&layers(&dirs, &from), &layers(&dirs, &to), options)
-            .map_err(|error| Problem::new(ProblemCode::BadImage, with_causes(&error)))?;
+        let disks = compare_disks(&dirs, &from, &to, options)?;
         let memory = memory(&dirs, &from, &to)?;
         Ok(in_words_of_the_model(disks, memory, configuration(&from, &to)))
     })
     .await
 }
 
-/// The files of a snapshot's disk, from the image up.
-fn layers(dirs: &VmDirs, manifest: &Manifest) -> Vec<LayerFile> {
+/// Compares the disks one by one. What is on a data disk is named after it.
+fn compare_disks(
+    dirs: &VmDirs,
+    from: &Manifest,
+    to: &Manifest,
+    options: Options,
+) -> Result<Comparison, Problem> {
+    let mut all = Comparison { written_bytes: 0, file_systems: Vec::new(), unread: Vec::new() };
+    let mut left = options;
+    for disk in 0..from.disks().count().max(to.disks().count()) {
+        let found = berth_inspect::compare(&layers(dirs, from, disk), &layers(dirs, to, disk), left)
+            .map_err(|error| Problem::new(ProblemCode::BadImage, with_causes(&error)))?;
+        let named = |volume: String| match disk {
+            disks::ROOT => volume,
+            data => volume_of(data, &volume),
+        };
+        all.written_bytes += found.written_bytes;
+        let listed: usize = found.file_systems.iter().map(|one| one.changes.list.len()).sum();
+        left.list_max = left.list_max.saturating_sub(listed);
+        let changes = found.file_systems.into_iter();
+        all.file_systems
+            .extend(changes.map(|changes| FileSystemChanges { volume: named(changes.volume), ..changes }));
+        all.unread.extend(found.unread.into_iter().map(named));
+    }
+    Ok(all)
+}
+
+/// What a volume of a data disk is called: the disk as a whole by the disk's name alone.
+fn volume_of(disk: usize, volume: &str) -> String {
+    let name = disks::name(disk);
+    if volume.starts_with("disk") { volume.replacen("disk", &name, 1) } else { format!("{name}:{volume}") }
+}
+
+/// The files of a disk of a snapshot, from its bottom up.
+fn layers(dirs: &VmDirs, manifest: &Manifest, disk: usize) -> Vec<LayerFile> {
     let image = &manifest.definition.image;
-    let bottom = image.part(PartRole::Disk).map(|part| LayerFile {
+    let bottom = image.part(PartRole::Disk).filter(|_| disk == disks::ROOT);
+    let bottom = bottom.map(|part| LayerFile {
         path: dirs.pool.part(&image.id, PartRole::Disk, part.format),
         format: match part.format {
             PartFormat::Qcow2 => LayerFormat::Qcow2,
@@ -58,7 +92,7 @@ fn layers(dirs: &VmDirs, manifest: &Manifest) -> Vec<LayerFile> {
         },
     });
     let layer = |layer| LayerFile { path: dirs.layer(layer), format: LayerFormat::Qcow2 };
-    bottom.into_iter().chain(manifest.layers.iter().map(layer)).collect()
+    bottom.into_iter().chain(manifest.disks().of(disk).iter().map(layer)).collect()
 }
 
 /// Counts the pages that differ, by their hashes.
@@ -163,6 +197,12 @@ fn file_change(change: berth_inspect::FileChange) -> FileChange {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_on_a_data_disk_is_named_after_it() {
+        assert_eq!(volume_of(2, "disk"), "data2");
+        assert_eq!(volume_of(2, "p1"), "data2:p1");
+    }
 
     #[test]
     fn a_specification_is_compared_field_by_field() {

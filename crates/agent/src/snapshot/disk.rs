@@ -1,4 +1,4 @@
-//! A snapshot of the disk alone, of a VM that has a process: the layers are switched in one transaction, and the guest's
+//! A snapshot of the disks alone, of a VM that has a process: the layers are switched in one transaction, and the guest's
 //! processors run on.
 //!
 //! Such a disk is as after a power cut. With `quiesce` it is as its file systems want it: the guest agent in the guest has
@@ -16,7 +16,8 @@ use berth_qmp::guest_agent::GuestAgent;
 
 use super::archive::Draft;
 use super::capture::CaptureFailure;
-use super::{begin, keeping, last, layers, prepare_switch, put_away, split_chain, undo, undo_half_done};
+use super::{begin, facts_of, keeping, layers, put_away, split_disks, undo, undo_half_done};
+use crate::disks::Disks;
 use crate::durable::{self, with_causes};
 use crate::launcher::Socket;
 use crate::task::TaskContext;
@@ -46,25 +47,23 @@ pub(super) async fn take_of_running(
     thaw_left_frozen(vm).await?;
     undo_half_done(vm, new_top).await?;
     let agent = if quiesce { Some(guest_agent(vm).await?) } else { None };
-    let (frozen, _) = split_chain(vm, new_top)?;
+    let (frozen, _) = split_disks(vm, new_top)?;
     let draft = begin(vm, snapshot).await?;
     let result = async {
-        prepare_switch(vm, &frozen, new_top).await?;
+        layers::prepare_switch(vm, &frozen, new_top).await?;
         if context.cancel().is_cancelled() {
             return Err(Problem::new(ProblemCode::Cancelled, "it was cancelled").into());
         }
         context.phase("switching layers");
-        let old_top = last(&frozen)?;
         match &agent {
-            Some(agent) => switch_frozen(vm, agent, &draft, old_top, new_top).await,
-            None => switch(vm, &draft, old_top, new_top).await,
+            Some(agent) => switch_frozen(vm, agent, &draft, &frozen, new_top).await,
+            None => switch(vm, &draft, &frozen, new_top).await,
         }
     };
     let outcome: Result<u64, CaptureFailure> = result.await;
     let failure = match outcome {
         Ok(paused_us) => {
-            let facts =
-                SnapshotFacts { layers: frozen.clone(), paused_us, quiesced: quiesce, ..Default::default() };
+            let facts = SnapshotFacts { paused_us, quiesced: quiesce, ..facts_of(frozen.clone()) };
             match put_away(vm, draft, snapshot, facts, None, started).await {
                 Ok(facts) => return Ok(facts),
                 Err(problem) => CaptureFailure { problem, switched: true },
@@ -98,12 +97,12 @@ pub(super) async fn thaw_left_frozen(vm: &VmRuntime) -> Result<(), Problem> {
 async fn switch(
     vm: &VmRuntime,
     draft: &Draft,
-    old_top: &LayerId,
+    frozen: &Disks,
     new_top: &LayerId,
 ) -> Result<u64, CaptureFailure> {
     let keeping = keeping(vm, draft)?;
     let asked = Instant::now();
-    layers::switch(vm.qmp()?, old_top, new_top).await.map_err(layers::refused)?;
+    layers::switch(vm.qmp()?, frozen, new_top).await.map_err(layers::refused)?;
     let waited_us = us_since(asked);
     if let Some(keeping) = keeping {
         keeping.keep().await.map_err(|problem| CaptureFailure { problem, switched: true })?;
@@ -116,7 +115,7 @@ async fn switch_frozen(
     vm: &VmRuntime,
     agent: &GuestAgent,
     draft: &Draft,
-    old_top: &LayerId,
+    disks: &Disks,
     new_top: &LayerId,
 ) -> Result<u64, CaptureFailure> {
     let marker = marker(vm)?;
@@ -124,7 +123,7 @@ async fn switch_frozen(
     let asked = Instant::now();
     let frozen = agent.freeze(FREEZE_TIMEOUT).await;
     let switched = match &frozen {
-        Ok(1..) => switch(vm, draft, old_top, new_top).await.map(|_| ()),
+        Ok(1..) => switch(vm, draft, disks, new_top).await.map(|_| ()),
         Ok(0) => Err(guest_problem("the guest agent froze none of the guest's file systems").into()),
         Err(error) => {
             let words = format!("the guest's file systems can't be frozen: {}", with_causes(error));

@@ -8,7 +8,7 @@
 //! ```text
 //! backup.json                 what the VM was, its image, its snapshot: for the manager
 //! image/disk.qcow2 …          the image's parts
-//! layers/<layer>.qcow2 …      the frozen layers
+//! layers/<layer>.qcow2 …      the frozen layers of all disks
 //! hashes/<layer>.b3 …         their hashes, of those that have them already
 //! snapshot/snapshot.json      the manifest
 //! snapshot/memory.raw …       memory, devices and page index, of a snapshot that has them
@@ -102,7 +102,7 @@ impl Staged {
             };
             // The layers may have been merged in the middle: then the snapshot lies on others now.
             let now = archive::read(&self.origin, &self.snapshot)?;
-            if now.layers == manifest.layers {
+            if now.disks() == manifest.disks() {
                 return Err(problem);
             }
             manifest = now;
@@ -116,7 +116,7 @@ impl Staged {
         }
         let taking =
             Taking { origin: self.origin.clone(), dirs: dirs.clone(), share: true, task: self.task.clone() };
-        taking.layers(&manifest.layers)?;
+        taking.layers(&manifest.disks())?;
         taking.snapshot(&self.snapshot, manifest, None)?;
         link_image(&self.origin.pool, manifest, &staging.image())?;
         // As it was then, not as it is now: what is made of the backup has to be the same machine.

@@ -35,6 +35,7 @@ use super::hashes;
 use super::verify;
 use crate::backup::{Staging, foreign, worker};
 use crate::disk::FROZEN_MODE;
+use crate::disks;
 use crate::durable::{self, FileError, blocking};
 use crate::fittings::is_uuid;
 use crate::image::{Expected, Images};
@@ -99,7 +100,7 @@ pub async fn fetch(services: &Services, images: &Images, task: &TaskContext) -> 
 
 fn bytes_max(contents: &BackupContents) -> u64 {
     let spec = &contents.spec;
-    let machine = spec.memory_mib.saturating_add(spec.disk_mib).saturating_mul(1 << 20);
+    let machine = spec.memory_mib.saturating_add(spec.disks_mib()).saturating_mul(1 << 20);
     let image: u64 = contents.image.parts.iter().map(|part| part.size_bytes).fold(0, u64::saturating_add);
     machine.saturating_mul(COPIES_MAX).saturating_add(image).saturating_add(REST_BYTES_MAX)
 }
@@ -212,7 +213,7 @@ impl Checked {
             && *spec == self.contents.spec
             && manifest.memory.is_some() == expected.facts.has_memory
             && manifest.memory.as_ref().is_none_or(|memory| memory.bytes <= spec.memory_mib << 20);
-        if !agrees || manifest.layers.is_empty() {
+        if !agrees || !disks::are_of(&manifest.disks(), &manifest.definition) {
             return Err(self.foreign("its manifest is of another snapshot than it says"));
         }
         // The guest's own view of its interfaces becomes words to QEMU and to the guest's agent.
@@ -251,7 +252,7 @@ impl Checked {
             self.length(&came.join("device.bin"), DEVICE_BYTES_MAX)?;
             self.length(&came.join("pages.idx"), SMALL_BYTES_MAX + memory.bytes / INDEXED_BYTES)?;
         }
-        for layer in &manifest.layers {
+        for layer in manifest.disks().layers() {
             let hashed = fs::metadata(dirs.layer(layer)).map_or(0, |file| file.len());
             let hashes = dirs.layer_hashes(layer);
             if hashes.exists() {
@@ -274,7 +275,7 @@ impl Checked {
     fn names(&self, directory: &Path, manifest: &Manifest) -> Result<(), Problem> {
         let mut expected: BTreeSet<String> = BTreeSet::from([CONTENTS_FILE.to_owned()]);
         expected.insert(format!("{SNAPSHOT_DIRECTORY}/snapshot.json"));
-        expected.extend(manifest.layers.iter().map(|layer| format!("layers/{layer}.qcow2")));
+        expected.extend(manifest.disks().layers().map(|layer| format!("layers/{layer}.qcow2")));
         let parts = self.contents.image.parts.iter();
         expected.extend(parts.map(|part| format!("image/{}", part_file(part.role, part.format))));
         if let Some(memory) = &manifest.memory {
@@ -299,7 +300,7 @@ impl Checked {
         }
         // What was learnt of earlier restores may be there, and is no part of the snapshot; a layer may have its hashes.
         let hashes = |layer: &LayerId| format!("{HASHES_DIRECTORY}/{layer}.b3");
-        let mut extra: BTreeSet<String> = manifest.layers.iter().map(hashes).collect();
+        let mut extra: BTreeSet<String> = manifest.disks().layers().map(hashes).collect();
         extra.insert(format!("{SNAPSHOT_DIRECTORY}/working-set.bin"));
         let odd: Vec<_> =
             found.symmetric_difference(&expected).filter(|name| !extra.contains(*name)).collect();
@@ -310,22 +311,25 @@ impl Checked {
         Ok(())
     }
 
-    /// Each layer lies on a layer or on the image, by its own word. On which is for the manifest to say: QEMU is told, and
+    /// Each layer lies on a layer or, of the root disk, on the image, by its own word. On which is for the manifest to say: QEMU is told, and
     /// the name in the file may be that of one that was merged since.
     fn layers(&self, staging: &Staging, manifest: &Manifest) -> Result<(), Problem> {
         let image = image_file(&manifest.definition.image);
         let is_layer =
             |name: &str| name.strip_suffix(".qcow2").is_some_and(|layer| layer.parse::<LayerId>().is_ok());
-        let may_lie_on = |name: &str| is_layer(name) || image.as_deref() == Some(name);
-        for layer in &manifest.layers {
-            let path = staging.dirs().layer(layer);
-            let head = read_head(&path)?;
-            let length = fs::metadata(&path).map_err(FileError::io(&path, "examined"))?.len();
-            let found = qcow2::check_layer(&head, length, &may_lie_on)
-                .map_err(|fault| self.foreign(format!("layer {layer}: {fault}")))?;
-            let disk = self.contents.spec.disk_mib.saturating_mul(1 << 20);
-            if found.virtual_size_bytes > disk {
-                return Err(self.foreign(format!("layer {layer} is longer than the disk")));
+        for (disk, chain) in manifest.disks().each().enumerate() {
+            let image = image.as_deref().filter(|_| disk == disks::ROOT);
+            let may_lie_on = |name: &str| is_layer(name) || image == Some(name);
+            let size_bytes = disks::size_bytes(&manifest.definition, disk);
+            for layer in chain {
+                let path = staging.dirs().layer(layer);
+                let head = read_head(&path)?;
+                let length = fs::metadata(&path).map_err(FileError::io(&path, "examined"))?.len();
+                let found = qcow2::check_layer(&head, length, &may_lie_on)
+                    .map_err(|fault| self.foreign(format!("layer {layer}: {fault}")))?;
+                if found.virtual_size_bytes > size_bytes {
+                    return Err(self.foreign(format!("layer {layer} is longer than the disk")));
+                }
             }
         }
         Ok(())

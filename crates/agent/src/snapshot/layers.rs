@@ -1,15 +1,16 @@
-//! Switching a running guest to a new writable layer, and back.
+//! Switching a running guest to new writable layers, and back.
 //!
-//! The new layer is made and opened while the guest runs; the switch itself is one transaction, about a millisecond.
-//! What the old top then holds is frozen: nobody writes to it again, unless the switch is taken back.
+//! The new layers, one for each disk, are made and opened while the guest runs; the switch itself is one transaction, about
+//! a millisecond: all disks are switched in one instant, or none is. What the old tops then hold is frozen: nobody writes
+//! to it again, unless the switch is taken back.
 //!
-//! **What is written down when.** The chain with the new layer is on record *before* the switch. An empty layer on top
+//! **What is written down when.** The chains with the new layers are on record *before* the switch. An empty layer on top
 //! changes nothing of what the disk says, so a VM that is started from that record finds its disk, whether the switch
-//! came to be or not. A process that is found running is asked which layer it writes to ([`top_of`]): it knows best.
+//! came to be or not. A process that is found running is asked which layers it writes to ([`used_of`]): it knows best.
 
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_model::image::PartRole;
@@ -23,48 +24,79 @@ use serde_json::{Value, json};
 
 use super::overlay::{self, Below};
 use crate::disk::FROZEN_MODE;
+use crate::disks::{self, Disks};
 use crate::durable::{self, FileError, blocking};
+use crate::layout::VmDirs;
 use crate::qemu::disk::{Access, Backing, image_node, layer_node, layer_options};
 use crate::vm::VmRuntime;
+use crate::vm::process::Ground;
 
 /// How long a switch that is taken back may take: what the guest wrote since is copied down.
 const TAKE_BACK_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Makes the file of a new layer on top of another; one that is there is replaced. [`sync`] brings it to the disk.
+/// Makes the files of new layers on top of these disks; those that are there are replaced. [`sync`] brings them to the
+/// disk.
 ///
 /// # Errors
-/// When the system refuses, a full disk for one.
-pub async fn create(vm: &VmRuntime, below: &LayerId, new_top: &LayerId) -> Result<(), Problem> {
-    let path = vm.dirs()?.layer(new_top);
-    let owner = vm.user_id()?;
-    let size_bytes = vm.definition()?.spec.disk_mib.saturating_mul(1 << 20);
-    let below = format!("{below}.qcow2");
+/// When the system refuses, a full disk for one, or a disk has no layer. Some of the files may be there.
+pub async fn create(ground: &Ground, below: &Disks, new_top: &LayerId) -> Result<(), Problem> {
+    let (ground, below, new_top) = (ground.clone(), below.clone(), new_top.clone());
     blocking(move || {
-        let below = Below { path: &below, format: "qcow2" };
-        Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
+        let owner = ground.user_id();
+        for (disk, chain) in below.each().enumerate() {
+            let path = ground.dirs.layer(&disks::top(&new_top, disk));
+            let size_bytes = disks::size_bytes(&ground.definition, disk);
+            let name = format!("{}.qcow2", super::last(chain)?);
+            let below = Below { path: &name, format: "qcow2" };
+            overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?;
+        }
+        Ok(())
     })
     .await
 }
 
-/// Brings a new layer's file to the disk, with its name.
+/// Brings the files of a VM's writable layers to the disk, with their names.
 ///
 /// # Errors
 /// When the system refuses.
-pub async fn sync(path: &Path) -> Result<(), Problem> {
-    let path = path.to_owned();
+pub async fn sync(dirs: &VmDirs, disks: &Disks) -> Result<(), Problem> {
+    let paths: Vec<PathBuf> = disks.tops().map(|layer| dirs.layer(layer)).collect();
     blocking(move || {
-        let file = File::open(&path).map_err(FileError::io(&path, "opened"))?;
-        file.sync_all().map_err(FileError::io(&path, "brought to the disk"))?;
-        Ok(durable::sync_parent(&path)?)
+        for path in &paths {
+            let file = File::open(path).map_err(FileError::io(path, "opened"))?;
+            file.sync_all().map_err(FileError::io(path, "brought to the disk"))?;
+        }
+        Ok(paths.first().map_or(Ok(()), |path| durable::sync_parent(path))?)
     })
     .await
+}
+
+/// Makes, opens and writes down new layers on these, which the guest uses and may write to; what it has written is brought
+/// to the disk.
+///
+/// # Errors
+/// When QEMU or the system refuses. Some of the layers may be there and open.
+pub async fn prepare_switch(vm: &mut VmRuntime, disks: &Disks, new_top: &LayerId) -> Result<(), Problem> {
+    create(&vm.ground()?, disks, new_top).await?;
+    let more = disks.clone().with_tops(new_top);
+    sync(vm.dirs()?, &more).await?;
+    for layer in more.tops() {
+        open(vm, layer).await?;
+    }
+    vm.set_disks(more).await?;
+    flush(&top_files(vm.dirs()?, disks)).await
+}
+
+/// The files of the uppermost layers.
+pub fn top_files(dirs: &VmDirs, disks: &Disks) -> Vec<PathBuf> {
+    disks.tops().map(|layer| dirs.layer(layer)).collect()
 }
 
 /// Opens the new layer in the VM's process, beside the chain that the guest uses. The file must be there.
 ///
 /// # Errors
 /// When QEMU refuses.
-pub async fn open(vm: &VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
+async fn open(vm: &VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
     let qmp = vm.qmp()?;
     // What an earlier try left open.
     let _ = qmp.call(BlockdevDel { node_name: layer_node(new_top) }).await;
@@ -78,39 +110,52 @@ fn direct_io(vm: &VmRuntime) -> Result<bool, Problem> {
     Ok(vm.services().pool_facts(pool).is_some_and(|facts| facts.direct_io))
 }
 
-/// Freezes the layer that a running guest writes to and switches it to a new one, on record before it is done. The new
-/// layer stays, whatever becomes of what it was done for.
+/// Freezes the layers that a running guest writes to and switches it to new ones, on record before it is done. The new
+/// layers stay, whatever becomes of what it was done for.
 ///
 /// # Errors
-/// When QEMU or the system refuses: the guest then writes to its layer as before.
-pub async fn freeze_top(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
-    let chain = vm.chain()?.to_vec();
-    let Some(old_top) = chain.last().filter(|_| !chain.contains(new_top)) else { return Ok(()) };
-    create(vm, old_top, new_top).await?;
-    sync(&vm.dirs()?.layer(new_top)).await?;
-    open(vm, new_top).await?;
-    let mut longer = chain.clone();
-    longer.push(new_top.clone());
-    vm.set_chain(longer).await?;
-    let path = vm.dirs()?.layer(old_top);
-    flush(&path).await?;
-    if let Err(error) = switch(vm.qmp()?, old_top, new_top).await {
-        close(vm, new_top).await?;
-        vm.set_chain(chain).await?;
-        return Err(refused(error));
+/// When QEMU or the system refuses: the guest then writes to its layers as before.
+pub async fn freeze_tops(vm: &mut VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
+    let disks = vm.disks()?;
+    if disks.contains(new_top) {
+        return Ok(());
     }
-    freeze(vm, old_top).await
+    let switched = match prepare_switch(vm, &disks, new_top).await {
+        Ok(()) => switch(vm.qmp()?, &disks, new_top).await.map_err(refused),
+        Err(problem) => Err(problem),
+    };
+    if let Err(problem) = switched {
+        let count = disks.count();
+        vm.set_disks(disks).await?;
+        close_tops(vm, count, new_top).await?;
+        return Err(problem);
+    }
+    for layer in disks.tops() {
+        freeze(vm, layer).await?;
+    }
+    Ok(())
+}
+
+/// Closes layers that the guest was not switched to, and removes their files.
+///
+/// # Errors
+/// When QEMU refuses or a file can't be removed.
+pub async fn close_tops(vm: &VmRuntime, count: usize, new_top: &LayerId) -> Result<(), Problem> {
+    for layer in disks::tops(new_top, count) {
+        close(vm, &layer).await?;
+    }
+    Ok(())
 }
 
 /// Closes a layer that the guest was not switched to, and removes its file.
 ///
 /// # Errors
 /// When QEMU refuses or the file can't be removed.
-pub async fn close(vm: &VmRuntime, new_top: &LayerId) -> Result<(), Problem> {
+pub async fn close(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
     if let Ok(qmp) = vm.qmp() {
-        close_node(qmp, new_top).await?;
+        close_node(qmp, layer).await?;
     }
-    let path = vm.dirs()?.layer(new_top);
+    let path = vm.dirs()?.layer(layer);
     blocking(move || Ok(durable::remove_file(&path)?)).await
 }
 
@@ -128,36 +173,37 @@ pub async fn close_node(qmp: &Qmp, layer: &LayerId) -> Result<(), Problem> {
     }
 }
 
-/// Opens a frozen layer of a chain in the VM's process, on what it lies on there; nothing if it is open.
+/// Opens a frozen layer in the VM's process, on what it lies on in these disks; nothing if it is open.
 ///
 /// # Errors
 /// When QEMU refuses.
-pub async fn open_frozen(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<(), Problem> {
-    let (qmp, layer) = (vm.qmp()?, &chain[at]);
+pub async fn open_frozen(vm: &VmRuntime, disks: &Disks, layer: &LayerId) -> Result<(), Problem> {
+    let qmp = vm.qmp()?;
     if is_open(qmp, layer).await.map_err(refused)? {
         return Ok(());
     }
-    let below = backing_in(vm, chain, at)?;
+    let below = backing_in(vm, disks, layer)?;
     let options = layer_options(vm.dirs()?, layer, &below, Access::Frozen);
     qmp.call(BlockdevAdd { options }).await.map(|_| ()).map_err(refused)
 }
 
-/// Has the layer above one of a chain, which is open, lie on it in the VM's process. The guest runs meanwhile: its
+/// Has the layer above one of these disks', which is open, lie on it in the VM's process. The guest runs meanwhile: its
 /// requests wait for a moment.
 ///
 /// # Errors
 /// When QEMU refuses: all is then as it was.
-pub async fn put_under(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<(), Problem> {
+pub async fn put_under(vm: &VmRuntime, disks: &Disks, layer: &LayerId) -> Result<(), Problem> {
     let qmp = vm.qmp()?;
-    let Some(above) = chain.get(at + 1) else {
+    let above = disks.find(layer).and_then(|(disk, at)| disks.of(disk).get(at + 1));
+    let Some(above) = above else {
         return Err(Problem::new(ProblemCode::Internal, "a frozen layer with nothing on it"));
     };
-    let access = match at + 2 == chain.len() {
+    let access = match disks.tops().any(|top| top == above) {
         true => Access::Writable { direct_io: direct_io(vm)? },
         // As it is: see `Access::JustFrozen`.
         false => Access::JustFrozen { direct_io: is_direct(qmp, above).await.map_err(refused)? },
     };
-    let mut node = layer_options(vm.dirs()?, above, &backing_in(vm, chain, at + 1)?, access);
+    let mut node = layer_options(vm.dirs()?, above, &backing_in(vm, disks, above)?, access);
     let file = node.remove("file").unwrap_or_default();
     node.insert("file".into(), file["node-name"].clone());
     qmp.call_untyped("blockdev-reopen", json!({"options": [node]})).await.map(drop).map_err(refused)
@@ -170,44 +216,71 @@ async fn is_direct(qmp: &Qmp, layer: &LayerId) -> Result<bool, QmpError> {
     Ok(node.and_then(|node| node.cache).is_some_and(|cache| cache.direct))
 }
 
-/// Switches the guest from `old_top` to `new_top`, which is open and empty.
+/// Switches the guest from the tops of these disks to new ones, which are open and empty: all in one instant.
 ///
 /// # Errors
-/// When QEMU refuses: the guest then writes to `old_top` as before.
-pub async fn switch(qmp: &Qmp, old_top: &LayerId, new_top: &LayerId) -> Result<(), QmpError> {
-    let snapshot =
-        TransactionAction::BlockdevSnapshot { node: layer_node(old_top), overlay: layer_node(new_top) };
-    qmp.call(Transaction { actions: vec![snapshot] }).await.map(|_| ())
+/// When QEMU refuses: the guest then writes to the old tops as before, all of them.
+pub async fn switch(qmp: &Qmp, disks: &Disks, new_top: &LayerId) -> Result<(), QmpError> {
+    let snapshot = |(old, new): (&LayerId, LayerId)| TransactionAction::BlockdevSnapshot {
+        node: layer_node(old),
+        overlay: layer_node(&new),
+    };
+    let actions = disks.tops().zip(disks::tops(new_top, disks.count())).map(snapshot).collect();
+    qmp.call(Transaction { actions }).await.map(|_| ())
 }
 
-/// The layer of `chain` that the VM's process writes to; none when it is none of them.
+/// The part of each disk's layers that the VM's process uses, up to the layer that it writes to; none when it writes to none
+/// of a disk's.
 ///
 /// # Errors
 /// When QEMU can't be asked.
-pub async fn top_of(qmp: &Qmp, chain: &[LayerId]) -> Result<Option<LayerId>, QmpError> {
+pub async fn used_of(qmp: &Qmp, disks: &Disks) -> Result<Option<Disks>, QmpError> {
     let drives = qmp.call(QueryBlock {}).await?;
-    let used: Vec<String> =
+    let written: Vec<String> =
         drives.into_iter().filter_map(|drive| drive.inserted.and_then(|node| node.node_name)).collect();
-    Ok(chain.iter().rev().find(|layer| used.contains(&layer_node(layer))).cloned())
+    let mut used = disks.clone();
+    for chain in used.each_mut() {
+        let Some(top) = chain.iter().rposition(|layer| written.contains(&layer_node(layer))) else {
+            return Ok(None);
+        };
+        chain.truncate(top + 1);
+    }
+    Ok(Some(used))
 }
 
-/// Takes a switch back: what the guest wrote to `new_top` goes down into `old_top`, the guest writes to that again, and
-/// `new_top` is closed and removed. The guest runs meanwhile. Only for an `old_top` that was not yet frozen.
+/// Takes a switch back, disk by disk: what the guest wrote to the new layers goes down into the tops of `disks`, the guest
+/// writes to those again, and the new layers are closed and removed. The guest runs meanwhile. Only for tops that were not
+/// yet frozen. What was taken back, or never switched, before stays so: this may be done again.
 ///
 /// # Errors
-/// When QEMU can't: the guest then goes on with `new_top`, and both layers stay as they are.
-pub async fn take_back(vm: &VmRuntime, old_top: &LayerId, new_top: &LayerId) -> Result<(), Problem> {
+/// When QEMU can't: the guest then goes on with the new layer of one disk or several, and on record are those that it has.
+pub async fn take_switch_back(vm: &mut VmRuntime, disks: &Disks, new_top: &LayerId) -> Result<(), Problem> {
+    let more = disks.clone().with_tops(new_top);
+    let used = used_of(vm.qmp()?, &more).await.map_err(refused)?.unwrap_or(more);
+    for (disk, before) in disks.each().enumerate() {
+        let (old_top, new) = (super::last(before)?, disks::top(new_top, disk));
+        if used.contains(&new) {
+            take_back(vm, old_top, &new).await?;
+        }
+        close_node(vm.qmp()?, &new).await?;
+        // One by one, so that a record names a layer that was taken back for no longer than it takes to write it; and
+        // before the file goes, so that none ever names a file that is gone.
+        vm.set_disks(vm.disks()?.with_disk(disk, before)).await?;
+        close(vm, &new).await?;
+    }
+    Ok(())
+}
+
+async fn take_back(vm: &VmRuntime, old_top: &LayerId, new_top: &LayerId) -> Result<(), Problem> {
     let qmp = vm.qmp()?;
     let committed = tokio::time::timeout(TAKE_BACK_TIMEOUT, commit(qmp, old_top, new_top)).await;
     match committed {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(error),
+        Ok(result) => result,
         Err(_) => {
             let message = format!("merging layer {new_top} back took longer than {TAKE_BACK_TIMEOUT:?}");
-            return Err(Problem::new(ProblemCode::Hypervisor, message));
+            Err(Problem::new(ProblemCode::Hypervisor, message))
         }
     }
-    close(vm, new_top).await
 }
 
 async fn commit(qmp: &Qmp, old_top: &LayerId, new_top: &LayerId) -> Result<(), Problem> {
@@ -268,11 +341,14 @@ pub async fn is_open(qmp: &Qmp, layer: &LayerId) -> Result<bool, QmpError> {
 ///
 /// # Errors
 /// When the system refuses.
-pub async fn flush(path: &Path) -> Result<(), Problem> {
-    let path = path.to_owned();
+pub async fn flush(paths: &[PathBuf]) -> Result<(), Problem> {
+    let paths = paths.to_vec();
     blocking(move || {
-        let file = File::open(&path).map_err(FileError::io(&path, "opened"))?;
-        Ok(file.sync_data().map_err(FileError::io(&path, "brought to the disk"))?)
+        for path in &paths {
+            let file = File::open(path).map_err(FileError::io(path, "opened"))?;
+            file.sync_data().map_err(FileError::io(path, "brought to the disk"))?;
+        }
+        Ok(())
     })
     .await
 }
@@ -281,9 +357,9 @@ pub async fn flush(path: &Path) -> Result<(), Problem> {
 ///
 /// # Errors
 /// As [`flush`].
-pub async fn flush_after(wait: Duration, path: &Path) -> Result<(), Problem> {
+pub async fn flush_after(wait: Duration, paths: &[PathBuf]) -> Result<(), Problem> {
     tokio::time::sleep(wait).await;
-    flush(path).await
+    flush(paths).await
 }
 
 /// Freezes a layer that lies below the VM's writable one: the process, if there is one, opens it anew, only for reading,
@@ -297,7 +373,7 @@ pub async fn flush_after(wait: Duration, path: &Path) -> Result<(), Problem> {
 pub async fn freeze(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
     if let Ok(qmp) = vm.qmp() {
         let access = Access::JustFrozen { direct_io: direct_io(vm)? };
-        let mut node = layer_options(vm.dirs()?, layer, &backing_of(vm, layer)?, access);
+        let mut node = layer_options(vm.dirs()?, layer, &backing_in(vm, &vm.disks()?, layer)?, access);
         let file = node.remove("file").unwrap_or_default();
         node.insert("file".into(), file["node-name"].clone());
         // One after the other: the file can be opened for reading alone only once nothing above it would write.
@@ -317,17 +393,16 @@ fn freeze_file(path: &Path, owner: Option<u32>) -> std::io::Result<()> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(FROZEN_MODE))
 }
 
-fn backing_of(vm: &VmRuntime, layer: &LayerId) -> Result<Backing, Problem> {
-    let chain = vm.chain()?;
-    backing_in(vm, chain, chain.iter().position(|one| one == layer).unwrap_or(0))
-}
-
-fn backing_in(vm: &VmRuntime, chain: &[LayerId], at: usize) -> Result<Backing, Problem> {
+fn backing_in(vm: &VmRuntime, disks: &Disks, layer: &LayerId) -> Result<Backing, Problem> {
+    let (disk, at) = disks
+        .find(layer)
+        .ok_or_else(|| Problem::new(ProblemCode::Internal, format!("{layer} is no layer of {}", vm.id())))?;
     if let Some(below) = at.checked_sub(1) {
-        return Ok(Backing::Node(layer_node(&chain[below])));
+        return Ok(Backing::Node(layer_node(&disks.of(disk)[below])));
     }
     let image = &vm.definition()?.image;
-    Ok(image.part(PartRole::Disk).map_or(Backing::None, |_| Backing::Node(image_node(image))))
+    let bottom = image.part(PartRole::Disk).filter(|_| disk == disks::ROOT);
+    Ok(bottom.map_or(Backing::None, |_| Backing::Node(image_node(image))))
 }
 
 /// QEMU's refusal as a problem.

@@ -10,6 +10,8 @@
 //! b and c goes on with the old files ([`choice`]). Whether the VM runs makes no difference to the reading and writing,
 //! which is done beside everything else ([`worker`]), slowly enough for the guest ([`throttle`]).
 //!
+//! Each of a VM's disks has a tree of its own.
+//!
 //! **Carrying it out**, between two pieces of the VM's work:
 //!
 //! | step | done when | the agent dies after it |
@@ -28,7 +30,6 @@
 //!
 //! **A snapshot that finds the chain full** waits for a merge at full speed ([`make_room`]); if that fails, it is refused.
 
-use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,8 +44,9 @@ use super::{layers, layers_present, remove_unneeded_layers};
 use crate::disk::merging::Merging;
 use crate::disk::pace::Pace;
 use crate::disk::{self, FROZEN_MODE, ImageTool};
+use crate::disks::{Disks, ROOT};
 use crate::durable::{self, FileError, blocking};
-use crate::layout::{VmDirs, VmRecord};
+use crate::layout::VmDirs;
 use crate::migration::storage::receiving::remove_unfinished;
 use crate::nvram;
 use crate::task::TaskContext;
@@ -65,6 +67,27 @@ pub struct Merge {
     pub run: Vec<LayerId>,
 }
 
+impl Merge {
+    /// These disks with the new layer in the place of the run, where the whole of that is.
+    fn carried_out(&self, mut disks: Disks) -> Disks {
+        for way in disks.each_mut() {
+            if let Some(new) = replaced(way, &self.run, &self.result) {
+                *way = new;
+            }
+        }
+        disks
+    }
+}
+
+/// A run of a disk's layers that are to be merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskRun {
+    /// Which disk.
+    pub disk: usize,
+    /// The run.
+    pub run: Run,
+}
+
 /// What this host's merges have come to since the agent started.
 #[derive(Debug, Default)]
 pub struct MergeStatistics {
@@ -83,7 +106,7 @@ pub struct MergeStatistics {
 pub struct Ground {
     dirs: VmDirs,
     definition: VmDefinition,
-    live: Vec<LayerId>,
+    live: Disks,
     layers_max: usize,
     images: Arc<dyn ImageTool>,
     statistics: Arc<MergeStatistics>,
@@ -98,7 +121,7 @@ impl Ground {
         (at_home && services.config.layers_max > 0).then(|| Self {
             dirs: vm.dirs().expect("a VM with a record has directories").clone(),
             definition: record.definition.clone(),
-            live: record.chain.clone(),
+            live: record.disks(),
             layers_max: services.config.layers_max,
             images: Arc::clone(&services.images),
             statistics: Arc::clone(&services.merges),
@@ -110,23 +133,30 @@ impl Ground {
         &self.definition.id
     }
 
-    /// What is to be merged next.
+    /// What is to be merged next, among disks of this many layers or more.
     ///
     /// # Errors
     /// When a manifest or a directory can't be read.
-    pub async fn choose(&self) -> Result<Option<Run>, Problem> {
+    pub async fn choose(&self, layers_min: usize) -> Result<Option<DiskRun>, Problem> {
         let (dirs, live, layers_max) = (self.dirs.clone(), self.live.clone(), self.layers_max);
-        blocking(move || Ok(read_tree(&dirs, &live, None)?.choose(layers_max))).await
+        blocking(move || {
+            let trees = read_trees(&dirs, &live, None)?;
+            let mut trees = trees.iter().enumerate().filter(|(_, tree)| tree.live.len() >= layers_min);
+            Ok(trees.find_map(|(disk, tree)| Some(DiskRun { disk, run: tree.choose(layers_max)? })))
+        })
+        .await
     }
 
     /// Writes the merged layer, under a name that says that it is not finished.
     ///
     /// # Errors
     /// When a layer can't be read, there is no room, or it is broken off. Nothing is left of it then.
-    pub async fn merge(&self, run: Run, pace: &Pace) -> Result<Merge, Problem> {
+    pub async fn merge(&self, chosen: DiskRun, pace: &Pace) -> Result<Merge, Problem> {
+        let DiskRun { disk, run } = chosen;
         let result = new_layer_id()?;
         let below = run.below.as_ref();
-        let backing = disk::new_layer(&self.dirs, &self.definition, None, &result, below).backing;
+        let place = disk::Place { dirs: &self.dirs, definition: &self.definition, disk };
+        let backing = disk::new_layer(place, None, &result, below).backing;
         let from = run.layers.iter().map(|layer| self.dirs.layer(layer)).collect();
         let to = self.dirs.unfinished_layer(&result);
         let (began, before) = (Instant::now(), pace.done_bytes());
@@ -145,15 +175,24 @@ fn new_layer_id() -> Result<LayerId, Problem> {
     Ok(LayerId::from_entropy(entropy))
 }
 
-/// The layers as they are on the disk, and as they would be needed if it were not for one snapshot. Blocks.
+/// The layers of each disk as they are on the pool, and as they would be needed if it were not for one snapshot. Those that
+/// nothing names are counted to the root disk's. Blocks.
 ///
 /// # Errors
 /// When a manifest or a directory can't be read.
-pub fn read_tree(dirs: &VmDirs, live: &[LayerId], without: Option<&SnapshotId>) -> Result<Tree, Problem> {
-    let manifests = manifests(dirs)?.into_iter().filter(|manifest| Some(&manifest.snapshot) != without);
-    let snapshots = manifests.map(|manifest| manifest.layers).collect();
-    let mut tree = Tree { live: live.to_vec(), snapshots, ..Tree::default() };
+pub fn read_trees(dirs: &VmDirs, live: &Disks, without: Option<&SnapshotId>) -> Result<Vec<Tree>, Problem> {
+    let manifests = manifests(dirs)?;
+    let mut trees: Vec<Tree> =
+        live.each().map(|live| Tree { live: live.to_vec(), ..Tree::default() }).collect();
+    for manifest in manifests.iter().filter(|manifest| Some(&manifest.snapshot) != without) {
+        for (tree, way) in trees.iter_mut().zip(manifest.disks().each()) {
+            tree.snapshots.push(way.to_vec());
+        }
+    }
+    let named: Vec<Disks> = manifests.iter().map(Manifest::disks).chain([live.clone()]).collect();
     for layer in layers_present(dirs)? {
+        let disk = named.iter().find_map(|disks| disks.find(&layer)).map_or(ROOT, |(disk, _)| disk);
+        let Some(tree) = trees.get_mut(disk) else { continue };
         let path = dirs.layer(&layer);
         let file = std::fs::metadata(&path).map_err(FileError::io(&path, "examined"))?;
         let stored = Stored {
@@ -163,7 +202,7 @@ pub fn read_tree(dirs: &VmDirs, live: &[LayerId], without: Option<&SnapshotId>) 
         };
         tree.stored.insert(layer, stored);
     }
-    Ok(tree)
+    Ok(trees)
 }
 
 fn manifests(dirs: &VmDirs) -> Result<Vec<Manifest>, Problem> {
@@ -186,15 +225,15 @@ fn manifests(dirs: &VmDirs) -> Result<Vec<Manifest>, Problem> {
 pub async fn make_room(vm: &mut VmRuntime, context: &TaskContext) -> Result<(), Problem> {
     loop {
         let Some(ground) = Ground::of(vm) else { return Ok(()) };
-        if ground.live.len() < ground.layers_max {
+        if ground.live.longest() < ground.layers_max {
             return Ok(());
         }
         context.phase("merging");
         let pace = Pace::new(u64::MAX);
         let merged = context
             .unless_cancelled(async {
-                match ground.choose().await? {
-                    Some(run) => ground.merge(run, &pace).await,
+                match ground.choose(ground.layers_max).await? {
+                    Some(chosen) => ground.merge(chosen, &pace).await,
                     None => Err(Problem::new(ProblemCode::WrongState, "none of its layers is frozen yet")),
                 }
             })
@@ -209,10 +248,10 @@ pub async fn make_room(vm: &mut VmRuntime, context: &TaskContext) -> Result<(), 
         if let Err(mut problem) = carried_out {
             if problem.code != ProblemCode::Cancelled {
                 problem.message = format!(
-                    "the disk of {} lies on {} layers, the most that is allowed (layers_max), and they can't be merged: \
+                    "a disk of {} lies on {} layers, the most that is allowed (layers_max), and they can't be merged: \
                      {}; make room on the pool, or delete snapshots that are not needed",
                     vm.id(),
-                    ground.live.len(),
+                    ground.live.longest(),
                     problem.message
                 );
             }
@@ -235,7 +274,7 @@ pub async fn carry_out(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem>
     // own that is on no record yet.
     super::drop_ready(vm).await;
     finish_begun(vm).await?;
-    let (dirs, live, wanted) = (vm.dirs()?.clone(), vm.chain()?.to_vec(), merge.clone());
+    let (dirs, live, wanted) = (vm.dirs()?.clone(), vm.disks()?, merge.clone());
     let named = blocking(move || name(&dirs, &live, &wanted)).await;
     if !matches!(named, Ok(true)) {
         discard(vm, merge).await?;
@@ -245,17 +284,19 @@ pub async fn carry_out(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem>
     let statistics = &vm.services().merges;
     statistics.merges.fetch_add(1, Ordering::Relaxed);
     statistics.layers.fetch_add(merge.run.len() as u64 - 1, Ordering::Relaxed);
-    tracing::info!(vm = %vm.id(), layers = merge.run.len(), result = %merge.result, chain = vm.chain()?.len(), "layers were merged");
+    tracing::info!(vm = %vm.id(), layers = merge.run.len(), result = %merge.result, chain = vm.disks()?.longest(), "layers were merged");
     Ok(())
 }
 
 /// Gives the new layer its name and writes down what it is for; false when nobody wants it any more.
-fn name(dirs: &VmDirs, live: &[LayerId], merge: &Merge) -> Result<bool, Problem> {
-    let tree = read_tree(dirs, live, None)?;
-    let there = merge.run.iter().all(|layer| tree.stored.get(layer).is_some_and(|stored| stored.frozen));
-    let ways = std::iter::once(&tree.live).chain(&tree.snapshots);
-    let wanted = ways.filter(|way| replaced(way, &merge.run, &merge.result).is_some()).count();
-    if !there || wanted == 0 || live.last().is_some_and(|top| merge.run.contains(top)) {
+fn name(dirs: &VmDirs, live: &Disks, merge: &Merge) -> Result<bool, Problem> {
+    let is_wanted = |tree: &Tree| {
+        let there = merge.run.iter().all(|layer| tree.stored.get(layer).is_some_and(|stored| stored.frozen));
+        let mut ways = std::iter::once(&tree.live).chain(&tree.snapshots);
+        there && ways.any(|way| replaced(way, &merge.run, &merge.result).is_some())
+    };
+    let is_written = live.tops().any(|top| merge.run.contains(top));
+    if is_written || !read_trees(dirs, live, None)?.iter().any(is_wanted) {
         return Ok(false);
     }
     let path = dirs.layer(&merge.result);
@@ -269,7 +310,7 @@ fn name(dirs: &VmDirs, live: &[LayerId], merge: &Merge) -> Result<bool, Problem>
 async fn go_on(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem> {
     let dirs = vm.dirs()?.clone();
     if let Err(problem) = switch(vm, merge).await {
-        if !vm.chain()?.contains(&merge.result) {
+        if !vm.disks()?.contains(&merge.result) {
             discard(vm, merge).await?;
         }
         return Err(problem);
@@ -277,9 +318,9 @@ async fn go_on(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem> {
     let (at, rewriting) = (dirs.clone(), merge.clone());
     blocking(move || rewrite_manifests(&at, &rewriting)).await?;
     close_old(vm, merge).await?;
-    let chain = vm.chain()?.to_vec();
+    let live = vm.disks()?;
     blocking(move || {
-        remove_unneeded_layers(&dirs, &chain)?;
+        remove_unneeded_layers(&dirs, &live)?;
         Ok(durable::remove_file(&dirs.merge_record())?)
     })
     .await
@@ -287,17 +328,19 @@ async fn go_on(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem> {
 
 /// The VM itself: its record, and its process if it has one.
 async fn switch(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem> {
-    let before = vm.chain()?.to_vec();
-    let after = replaced(&before, &merge.run, &merge.result).unwrap_or_else(|| before.clone());
-    let Some(at) = after.iter().position(|layer| *layer == merge.result) else { return Ok(()) };
-    if vm.qmp().is_err() {
-        return vm.set_chain(after).await;
+    let before = vm.disks()?;
+    let after = merge.carried_out(before.clone());
+    if !after.contains(&merge.result) {
+        return Ok(());
     }
-    layers::open_frozen(vm, &after, at).await?;
-    vm.set_chain(after.clone()).await?;
-    if let Err(problem) = layers::put_under(vm, &after, at).await {
+    if vm.qmp().is_err() {
+        return vm.set_disks(after).await;
+    }
+    layers::open_frozen(vm, &after, &merge.result).await?;
+    vm.set_disks(after.clone()).await?;
+    if let Err(problem) = layers::put_under(vm, &after, &merge.result).await {
         // On record is what QEMU has, so that the next work on the disk finds it.
-        vm.set_chain(before).await?;
+        vm.set_disks(before).await?;
         return Err(problem);
     }
     Ok(())
@@ -305,8 +348,9 @@ async fn switch(vm: &mut VmRuntime, merge: &Merge) -> Result<(), Problem> {
 
 fn rewrite_manifests(dirs: &VmDirs, merge: &Merge) -> Result<(), Problem> {
     for mut manifest in manifests(dirs)? {
-        if let Some(layers) = replaced(&manifest.layers, &merge.run, &merge.result) {
-            manifest.layers = layers;
+        let (before, after) = (manifest.disks(), merge.carried_out(manifest.disks()));
+        if before != after {
+            manifest.set_disks(after);
             archive::rewrite(dirs, &manifest)?;
         }
     }
@@ -315,7 +359,7 @@ fn rewrite_manifests(dirs: &VmDirs, merge: &Merge) -> Result<(), Problem> {
 
 async fn close_old(vm: &VmRuntime, merge: &Merge) -> Result<(), Problem> {
     let Ok(qmp) = vm.qmp() else { return Ok(()) };
-    let used: BTreeSet<&LayerId> = vm.chain()?.iter().collect();
+    let used = vm.disks()?;
     for layer in merge.run.iter().rev().filter(|layer| !used.contains(layer)) {
         layers::close_node(qmp, layer).await?;
     }
@@ -324,16 +368,16 @@ async fn close_old(vm: &VmRuntime, merge: &Merge) -> Result<(), Problem> {
 
 /// Lets go of a merge: what was made for it is removed, unless somebody needs it by now.
 async fn discard(vm: &VmRuntime, merge: &Merge) -> Result<(), Problem> {
-    let (dirs, chain, result) = (vm.dirs()?.clone(), vm.chain()?.to_vec(), merge.result.clone());
+    let (dirs, live, result) = (vm.dirs()?.clone(), vm.disks()?, merge.result.clone());
     if let Ok(qmp) = vm.qmp()
-        && !chain.contains(&result)
+        && !live.contains(&result)
     {
         layers::close_node(qmp, &result).await?;
     }
     blocking(move || {
         durable::remove_file(&dirs.merge_record())?;
         durable::remove_file(&dirs.unfinished_layer(&result))?;
-        remove_unneeded_layers(&dirs, &chain)
+        remove_unneeded_layers(&dirs, &live)
     })
     .await
 }
@@ -363,14 +407,14 @@ pub async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
     finish_begun(vm).await?;
     // One that is being made ready for a restore has files that are on no record yet.
     let is_alone = vm.ready_mut().is_none();
-    let VmRecord { chain, fittings, .. } = vm.vm_record()?.clone();
+    let (live, fittings) = (vm.disks()?, vm.vm_record()?.fittings.clone());
     let dirs = vm.dirs()?.clone();
     blocking(move || {
         if is_alone {
             nvram::remove_others(&dirs, fittings.nvram.as_ref())?;
         }
         remove_unfinished(&dirs.layers())?;
-        remove_unneeded_layers(&dirs, &chain)
+        remove_unneeded_layers(&dirs, &live)
     })
     .await
 }

@@ -1,7 +1,7 @@
 //! A process for a snapshot, up and loaded and standing still, while the VM still is what it was.
 //!
 //! ```text
-//! a new layer is made ┐
+//! new layers are made ┐
 //! QEMU comes up       ├─► device state is loaded ─► ready: it lacks the network, and has not touched the new layer
 //! device.bin is read  ┘
 //! ```
@@ -30,8 +30,8 @@ use tokio::task::AbortHandle;
 use super::archive::{self, ArchiveError, Manifest, MemoryManifest, SnapshotFiles};
 use super::image::{self, MemoryImage};
 use super::lending::Openable;
-use super::overlay::{self, Below};
-use super::{identity, working_set};
+use super::{identity, layers, working_set};
+use crate::disks::{self, DISKS_MAX};
 use crate::durable::{self, FileError, blocking};
 use crate::launcher::{Launched, Process};
 use crate::layout::{VmDirs, VmRecord};
@@ -155,12 +155,12 @@ pub async fn make(ground: &Ground, wanted: &Wanted, network: Network) -> Result<
     };
     let ground = Ground { definition, ..ground.clone() };
     check(&ground, &manifest).await?;
-    make_layer(&ground, &manifest, &wanted.new_top).await?;
-    let mut chain = manifest.layers.clone();
-    chain.push(wanted.new_top.clone());
+    // Nothing waits for the disk: they are brought there once the guest runs.
+    layers::create(&ground, &manifest.disks(), &wanted.new_top).await?;
+    let disks = manifest.disks().with_tops(&wanted.new_top);
     let fittings = manifest.fittings.renewed(&wanted.new_top)?;
     make_nvram(&ground, &manifest, &wanted.new_top).await?;
-    let record = VmRecord { definition: ground.definition.clone(), chain, fittings };
+    let record = VmRecord::new(ground.definition.clone(), disks, fittings);
     let Some(memory) = &manifest.memory else {
         let (Network::Free(forwards) | Network::Taken(forwards)) = network;
         return Ok(Ready { manifest, record, forwards, machine: None, working_set_bytes: 0 });
@@ -180,7 +180,7 @@ pub async fn make(ground: &Ground, wanted: &Wanted, network: Network) -> Result<
 
 /// Finds out what can be found out without a process.
 async fn check(ground: &Ground, manifest: &Manifest) -> Result<(), Problem> {
-    for layer in &manifest.layers {
+    for layer in manifest.disks().layers() {
         let path = ground.dirs.layer(layer);
         std::fs::metadata(&path).map_err(FileError::io(&path, "found"))?;
     }
@@ -195,18 +195,6 @@ async fn check(ground: &Ground, manifest: &Manifest) -> Result<(), Problem> {
     }
     let detail = format!("{length} bytes, expected {expected}");
     Err(ArchiveError::Damaged { snapshot: manifest.snapshot.clone(), path, detail }.into())
-}
-
-/// The new layer's file, empty. Nothing waits for the disk: it is brought there once the guest runs.
-async fn make_layer(ground: &Ground, manifest: &Manifest, new_top: &LayerId) -> Result<(), Problem> {
-    let below = format!("{}.qcow2", super::last(&manifest.layers)?);
-    let (path, owner) = (ground.dirs.layer(new_top), ground.user_id());
-    let size_bytes = ground.definition.spec.disk_mib.saturating_mul(1 << 20);
-    blocking(move || {
-        let below = Below { path: &below, format: "qcow2" };
-        Ok(overlay::create(&path, size_bytes, below, owner).map_err(FileError::io(&path, "made"))?)
-    })
-    .await
 }
 
 /// What the machine remembers beside its disk, in a directory of its own.
@@ -272,8 +260,8 @@ async fn launch(
         };
         let forwards = lease.forwards.clone();
         let memory = Memory::Image(files.memory());
-        let (chain, fittings) = (record.chain.clone(), record.fittings.clone());
-        let plan = LaunchPlan { chain, memory, fittings, incoming: true };
+        let (disks, fittings) = (record.disks(), record.fittings.clone());
+        let plan = LaunchPlan { disks, memory, fittings, incoming: true };
         let openable = Openable::open(files.memory(), ground.user_id()).await?;
         let launched = ground.launch(&plan, Some(sockets), lease).await?;
         drop(openable);
@@ -389,14 +377,15 @@ pub async fn drop_ready(vm: &mut VmRuntime) {
     }
 }
 
-/// Removes the files of a layer that was made and not used, and what was made with it.
+/// Removes the files of new layers that were made and not used, and what was made with them.
 pub(super) async fn forget_layer(dirs: &VmDirs, chain: &[LayerId], layer: &LayerId) {
     if chain.contains(layer) {
         return;
     }
-    let (path, nvram) = (dirs.layer(layer), dirs.nvram(layer));
+    let (paths, nvram) = (disks::tops(layer, DISKS_MAX).map(|top| dirs.layer(&top)), dirs.nvram(layer));
+    let paths: Vec<_> = paths.collect();
     let removed = blocking(move || {
-        durable::remove_file(&path)?;
+        paths.iter().try_for_each(|path| durable::remove_file(path))?;
         Ok(durable::remove_tree(&nvram)?)
     });
     if let Err(error) = removed.await {

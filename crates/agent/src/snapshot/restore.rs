@@ -34,6 +34,7 @@ use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
 
 use super::ready::{self, Machine, Network, NotReady, Ready, Wanted};
 use super::{afterwards, archive, identity, layers, working_set};
+use crate::disks::DISKS_MAX;
 use crate::durable::{self, blocking, with_causes};
 use crate::launcher::Process;
 use crate::layout::VmRecord;
@@ -105,14 +106,14 @@ pub async fn restore(
     };
     let clock = if runs { Some(afterwards::begin(vm, &snapshot)?) } else { None };
     // The guest runs: now there is time for the disk.
-    layers::sync(&vm.dirs()?.layer(target.new_top)).await?;
+    layers::sync(vm.dirs()?, &vm.disks()?).await?;
     let (dirs, nvram) = (vm.dirs()?.clone(), vm.vm_record()?.fittings.nvram.clone());
     blocking(move || Ok(nvram.map_or(Ok(()), |id| nvram::sync(&dirs, &id))?)).await?;
     vm.sync_records().await?;
     if let Some(process) = old_process {
         process.exited().await;
     }
-    remove_abandoned(vm, &old_record.map(|record| record.chain).unwrap_or_default()).await;
+    remove_abandoned(vm, old_record.as_ref()).await;
     let clock = match clock {
         Some(told) => {
             tokio::time::timeout(CLOCK_WAIT, told).await.ok().and_then(Result::ok).unwrap_or_default()
@@ -255,7 +256,7 @@ async fn go_back(
         if was_new {
             return Ok(());
         }
-        layers::close(vm, new_top).await?;
+        layers::close_tops(vm, DISKS_MAX, new_top).await?;
         let nvram = vm.dirs()?.nvram(new_top);
         blocking(move || Ok(durable::remove_tree(&nvram)?)).await
     };
@@ -280,17 +281,17 @@ async fn unplug(vm: &VmRuntime) {
     let _ = tokio::time::timeout(UNPLUG_TIMEOUT, unplugged).await;
 }
 
-/// Removes the layer that the VM wrote to before, and what its machine remembered beside it. The restore has succeeded:
+/// Removes the layers that the VM wrote to before, and what its machine remembered beside it. The restore has succeeded:
 /// that this fails is only worth a warning.
-async fn remove_abandoned(vm: &VmRuntime, old_chain: &[LayerId]) {
+async fn remove_abandoned(vm: &VmRuntime, old_record: Option<&VmRecord>) {
     let (Ok(dirs), Ok(record)) = (vm.dirs(), vm.vm_record()) else { return };
     let (dirs, record) = (dirs.clone(), record.clone());
-    if old_chain == record.chain {
+    if old_record.is_some_and(|old| old.disks() == record.disks()) {
         return;
     }
     let removed = blocking(move || {
         nvram::remove_others(&dirs, record.fittings.nvram.as_ref())?;
-        super::remove_unneeded_layers(&dirs, &record.chain)
+        super::remove_unneeded_layers(&dirs, &record.disks())
     })
     .await;
     if let Err(error) = removed {

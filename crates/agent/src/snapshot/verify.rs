@@ -197,7 +197,7 @@ fn total_bytes(dirs: &VmDirs, snapshot: &SnapshotId) -> u64 {
     let Ok(manifest) = archive::read(dirs, snapshot) else { return own };
     let image = &manifest.definition.image;
     let parts = image.parts.iter().map(|part| stored(dirs.pool.part(&image.id, part.role, part.format)));
-    own + parts.chain(manifest.layers.iter().map(|layer| stored(dirs.layer(layer)))).sum::<u64>()
+    own + parts.chain(manifest.disks().layers().map(|layer| stored(dirs.layer(layer)))).sum::<u64>()
 }
 
 /// Reads all of a snapshot that came from elsewhere, but for its image, at once and not slowly: a VM is waited for. Its
@@ -272,7 +272,8 @@ impl<'a> Look<'a> {
         let mut seen: BTreeSet<LayerId> = BTreeSet::new();
         loop {
             let Some(manifest) = self.manifest()? else { return Ok(()) };
-            let Some(next) = manifest.layers.iter().find(|layer| !seen.contains(layer)) else {
+            let disks = manifest.disks();
+            let Some(next) = disks.layers().find(|layer| !seen.contains(layer)) else {
                 match self.tables(&manifest)? {
                     Tables::Read => return Ok(()),
                     Tables::Moved => continue,
@@ -289,7 +290,7 @@ impl<'a> Look<'a> {
     }
 
     fn has_moved(&self, manifest: &Manifest) -> bool {
-        archive::read(self.dirs, self.snapshot).is_ok_and(|now| now.layers != manifest.layers)
+        archive::read(self.dirs, self.snapshot).is_ok_and(|now| now.disks() != manifest.disks())
     }
 
     fn layer(&mut self, layer: &LayerId, file: &File, metadata: &std::fs::Metadata) -> Result<(), Problem> {
@@ -336,15 +337,18 @@ impl<'a> Look<'a> {
         Ok(())
     }
 
-    /// What the layers' tables say must lie within their files; they are of one disk. Where bytes are wrong already,
+    /// What the layers' tables say must lie within their files; those of a disk are of one size. Where bytes are wrong already,
     /// that has been said.
     fn tables(&mut self, manifest: &Manifest) -> Result<Tables, Problem> {
         if !self.facts.faults.is_empty() {
             return Ok(Tables::Read);
         }
-        let paths: Vec<PathBuf> = manifest.layers.iter().map(|layer| self.dirs.layer(layer)).collect();
-        match merging::measure(&paths) {
-            Ok(_) => {}
+        let of_disk = |chain: &[LayerId]| -> Vec<PathBuf> {
+            chain.iter().map(|layer| self.dirs.layer(layer)).collect()
+        };
+        let disks: Vec<Vec<PathBuf>> = manifest.disks().each().map(of_disk).collect();
+        match disks.iter().try_for_each(|paths| merging::measure(paths).map(drop)) {
+            Ok(()) => {}
             Err(_) if self.has_moved(manifest) => return Ok(Tables::Moved),
             Err(MergeError::File(error) | MergeError::Layer(LayerError::File(error))) => {
                 self.file_fault(error)?;

@@ -9,6 +9,7 @@ use berth_model::Problem;
 use berth_model::image::PartRole;
 
 use crate::disk;
+use crate::disks;
 use crate::durable::{self, FileError, blocking};
 use crate::image;
 use crate::layout::VmDirs;
@@ -20,7 +21,7 @@ const DIRECTORY_MODE: u32 = 0o710;
 /// Mode of the seed, which may hold secrets: its VM may read it.
 const SEED_MODE: u32 = 0o440;
 
-/// Makes a VM's directories, its first layer on the image, and its seed.
+/// Makes a VM's directories, its disks' first layers, and its seed.
 ///
 /// # Errors
 /// When the image is not there, the disk is smaller than it, there is no room, or a file can't be made.
@@ -29,8 +30,10 @@ pub async fn make(services: &Services, dirs: &VmDirs, definition: &VmDefinition)
     check_disk_size(definition)?;
     make_directories(services, dirs, definition).await?;
     let user_id = services.user_id(definition.number);
-    let layer = disk::new_layer(dirs, definition, user_id, &definition.first_layer, None);
-    services.images.create_layer(layer).await?;
+    for (number, layer) in disks::tops(&definition.first_layer, disks::count(definition)).enumerate() {
+        let place = disk::Place { dirs, definition, disk: number };
+        services.images.create_layer(disk::new_layer(place, user_id, &layer, None)).await?;
+    }
     write_seed(services, dirs, definition).await
 }
 

@@ -12,6 +12,7 @@ use berth_qmp::guest_agent::{GuestAgent, ShutdownMode};
 
 use super::process::{self, hypervisor_problem};
 use super::{LaunchPlan, VmRuntime, files, sensor};
+use crate::disks::Disks;
 use crate::durable::{blocking, remove_tree};
 use crate::fittings::Fittings;
 use crate::launcher::{Process, Socket};
@@ -74,7 +75,7 @@ pub(super) async fn prepare(
     Ok(TaskOutput::Done)
 }
 
-/// Writes down what the VM is: its first layer, and what its machine is fitted with.
+/// Writes down what the VM is: its first layers, and what its machine is fitted with.
 async fn fit_out(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Problem> {
     let hypervisor = vm.services().hypervisor().await.ok_or_else(process::stopping)?;
     let mut fittings = Fittings::new(&hypervisor)?;
@@ -88,8 +89,7 @@ async fn fit_out(vm: &mut VmRuntime, definition: &VmDefinition) -> Result<(), Pr
         })
         .await?;
     }
-    let (definition, chain) = (definition.clone(), vec![definition.first_layer.clone()]);
-    vm.set_vm_record(VmRecord { definition, chain, fittings }).await
+    vm.set_vm_record(VmRecord::new(definition.clone(), Disks::first(definition), fittings)).await
 }
 
 /// Starts a process for a VM that has none, and lets the guest run.
@@ -122,7 +122,7 @@ pub(crate) async fn start(
 /// Starts a process whose guest begins anew, and learns from the seed who it is.
 async fn start_cold(vm: &mut VmRuntime) -> Result<(), Problem> {
     vm.change_host_record(|record| record.borrowed_nics = None).await?;
-    let plan = LaunchPlan::cold(vm.chain()?.to_vec(), vm.vm_record()?.fittings.clone());
+    let plan = LaunchPlan::cold(vm.disks()?, vm.vm_record()?.fittings.clone());
     let launched = vm.launch(&plan).await?;
     vm.install(launched).await
 }

@@ -94,7 +94,7 @@ impl Status {
             inner.report.forwards.clone_from(&record.forwards);
             inner.report.trouble.clone_from(&record.trouble);
             inner.report.top = vm.and_then(VmRecord::top).cloned();
-            let layers = vm.map_or(0, |record| record.chain.len());
+            let layers = vm.map_or(0, |record| record.disks().longest());
             inner.report.layers = u32::try_from(layers).unwrap_or(u32::MAX);
         });
     }

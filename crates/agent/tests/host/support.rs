@@ -351,6 +351,7 @@ pub fn definition(number: u8, parts: &[(PartRole, PartFormat, Vec<u8>)]) -> VmDe
             vcpus: 1,
             memory_mib: 64,
             disk_mib: 16,
+            data_disks_mib: Vec::new(),
             image: image.clone(),
             pool: "local".parse().expect("name"),
             machine_type: "pc-q35-7.2".into(),

@@ -341,6 +341,7 @@ pub fn definition(memory_mib: u64) -> VmDefinition {
             vcpus: 1,
             memory_mib,
             disk_mib: 256,
+            data_disks_mib: Vec::new(),
             image: image.clone(),
             pool: "local".parse().expect("name"),
             machine_type: std::env::var("BERTH_MACHINE_TYPE").unwrap_or("pc-q35-7.2".into()),

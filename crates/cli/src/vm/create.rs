@@ -37,6 +37,9 @@ pub struct Arguments {
     /// Disk [default: the image's own size, at least 1GiB]
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size_mib, allow_hyphen_values = true)]
     disk: Option<u64>,
+    /// A data disk, empty at first (its serial number in the guest: data1, data2, …); may be given several times
+    #[arg(long = "data-disk", value_name = "SIZE", value_parser = units::parse_size_mib, allow_hyphen_values = true)]
+    data_disks: Vec<u64>,
     /// The pool for its disk and snapshots [default: default]
     #[arg(long, value_parser = parse_name)]
     pool: Option<Name>,
@@ -161,6 +164,7 @@ fn wish(arguments: Arguments) -> Result<CreateVm, Failure> {
         vcpus: arguments.vcpus,
         memory_mib: arguments.memory,
         disk_mib: arguments.disk,
+        data_disks_mib: arguments.data_disks,
         pool: arguments.pool,
         nics,
         user_data: user_data.map(read_user_data).transpose()?,

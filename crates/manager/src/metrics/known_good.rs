@@ -198,7 +198,7 @@ impl KnownGood {
         }
         self.written.inc_by(facts.memory_stored_bytes.saturating_add(facts.disk_stored_bytes));
         self.shared.inc_by(facts.memory_shared_bytes);
-        self.chains.observe(float(facts.layers.len() as u64));
+        self.chains.observe(float(facts.longest_chain() as u64));
     }
 
     fn restored(&self, facts: &RestoreFacts) {

@@ -137,6 +137,7 @@ pub(super) fn as_wish(
         vcpus: Some(spec.vcpus),
         memory_mib: Some(spec.memory_mib),
         disk_mib: Some(spec.disk_mib),
+        data_disks_mib: spec.data_disks_mib.clone(),
         pool: Some(spec.pool.clone()),
         nics: Some(spec.nics.iter().map(|nic| new_nic(cluster, nic)).collect()),
         user_data: spec.user_data.clone(),

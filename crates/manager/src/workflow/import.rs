@@ -205,6 +205,7 @@ fn as_wish(cluster: &Cluster, contents: &BackupContents, wish: &Wish) -> CreateV
         vcpus: Some(spec.vcpus),
         memory_mib: Some(spec.memory_mib),
         disk_mib: Some(spec.disk_mib),
+        data_disks_mib: spec.data_disks_mib.clone(),
         pool: wish.pool.clone().or_else(|| Some(spec.pool.clone()).filter(is_here)),
         nics: Some(spec.nics.iter().map(like).collect()),
         user_data: spec.user_data.clone(),

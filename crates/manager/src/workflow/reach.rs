@@ -22,7 +22,7 @@ pub(super) fn check(spec: &VmSpec, inventories: &[&Inventory]) -> Result<(), Pro
     let Some(largest) = named.iter().map(|pool| pool.size_bytes / MIB).max() else {
         return Err(unknown("pool", spec.pool.as_str(), pools().map(|pool| pool.name.as_str())));
     };
-    at_most("disk_mib", spec.disk_mib, largest, &format!("the size of the largest pool {}", spec.pool))?;
+    fits_pool(spec, largest, &format!("the size of the largest pool {}", spec.pool))?;
     let memory = inventories.iter().map(|inventory| inventory.memory_mib).max().unwrap_or_default();
     let memory = memory.saturating_sub(HOST_RESERVE_MIB).saturating_sub(VM_OVERHEAD_MIB);
     at_most("memory_mib", spec.memory_mib, memory, "what the largest host can give")?;
@@ -33,6 +33,21 @@ pub(super) fn check(spec: &VmSpec, inventories: &[&Inventory]) -> Result<(), Pro
     let models = || inventories.iter().flat_map(|inventory| &inventory.qemu.cpu_models);
     if !models().any(|name| *name == spec.cpu_model) {
         return Err(unknown("cpu_model", &spec.cpu_model, models().map(String::as_str)));
+    }
+    Ok(())
+}
+
+/// Checks that the disks, all together, are not larger than so many MiB.
+///
+/// # Errors
+/// The field that is too large, by itself or with those before it.
+pub(super) fn fits_pool(spec: &VmSpec, most_mib: u64, what: &str) -> Result<(), Problem> {
+    at_most("disk_mib", spec.disk_mib, most_mib, what)?;
+    let mut left = most_mib - spec.disk_mib;
+    for (index, size_mib) in spec.data_disks_mib.iter().enumerate() {
+        let what = format!("what its other disks leave of {what}");
+        at_most(&format!("data_disks_mib.{index}"), *size_mib, left, &what)?;
+        left -= size_mib;
     }
     Ok(())
 }

@@ -43,6 +43,7 @@ pub(super) fn spec(
         vcpus: wish.vcpus.unwrap_or(VCPUS_DEFAULT),
         memory_mib: wish.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT),
         disk_mib: disk_mib(wish, image)?,
+        data_disks_mib: wish.data_disks_mib.clone(),
         image: image.id.clone(),
         pool: wish.pool.clone().unwrap_or_else(default_pool),
         machine_type: machine_type(wish, &hosts)?,
@@ -80,10 +81,7 @@ pub(super) fn host(cluster: &Cluster, wish: &CreateVm, spec: &VmSpec) -> Result<
         .find(|host| host.value.id == chosen)
         .and_then(|host| host.pool(&spec.pool))
         .map_or(0, |pool| pool.size_bytes);
-    if spec.disk_mib.saturating_mul(MIB) > size_bytes {
-        let expected = format!("at most {}, the size of pool {}", size_bytes / MIB, spec.pool);
-        return Err(Problem::field("disk_mib", spec.disk_mib, expected));
-    }
+    reach::fits_pool(spec, size_bytes / MIB, &format!("the size of pool {}", spec.pool))?;
     Ok(chosen)
 }
 

@@ -220,6 +220,7 @@ async fn create_vm(client: &Client, wish: &VmWish) -> Result<VmId, RequestError>
         vcpus: Some(1),
         memory_mib: Some(32),
         disk_mib: Some(64),
+        data_disks_mib: Vec::new(),
         pool: None,
         nics: Some(Vec::new()),
         user_data: None,

@@ -12,22 +12,22 @@ use super::sending::{Pace, send_file};
 use super::{Checksum, checksum, unchanging};
 use crate::durable::{FileError, blocking};
 use crate::migration::link::Link;
-use crate::migration::source::{Order, SLOW_ANSWER_TIMEOUT, answer, top_of};
+use crate::migration::source::{Order, SLOW_ANSWER_TIMEOUT, answer};
 use crate::migration::wire::{FromSource, FromTarget};
 use crate::snapshot::layers;
 use crate::task::TaskContext;
 use crate::vm::VmRuntime;
 
-/// A top that holds more is frozen first, so that it is read once and not in each pass: reading it again costs about a
+/// Tops that hold more together are frozen first, so that it is read once and not in each pass: reading it again costs about a
 /// millisecond for each 2 MiB, of which the last time is in the pause.
 const TOP_BYTES_MAX: u64 = 16 << 20;
 /// How often it is said how far the copying is.
 const SAY_EVERY: Duration = Duration::from_millis(200);
 
-/// Freezes the top if it is large, and sends all that does not change and that the target lacks.
+/// Freezes the disks' tops if they are large, and sends all that does not change and that the target lacks.
 ///
 /// # Errors
-/// When something can't be read, the target fails, or somebody cancels. A top that was frozen stays so: the chain has one
+/// When something can't be read, the target fails, or somebody cancels. Tops that were frozen stay so: each chain has one
 /// layer more.
 pub async fn copy_unchanging(
     vm: &mut VmRuntime,
@@ -38,12 +38,12 @@ pub async fn copy_unchanging(
     context.phase(MigrationPhase::Storage.as_str());
     for spare in &order.spare_layers {
         context.check_cancelled()?;
-        if stored_bytes_of_top(vm)? > TOP_BYTES_MAX {
-            layers::freeze_top(vm, spare).await?;
+        if stored_bytes_of_tops(vm)? > TOP_BYTES_MAX {
+            layers::freeze_tops(vm, spare).await?;
         }
         send_missing(vm, context, order, link).await?;
         // What the guest wrote meanwhile may be too much again.
-        if stored_bytes_of_top(vm)? <= TOP_BYTES_MAX {
+        if stored_bytes_of_tops(vm)? <= TOP_BYTES_MAX {
             return Ok(());
         }
     }
@@ -56,7 +56,7 @@ async fn send_missing(
     order: &Order,
     link: &mut Link<FromTarget>,
 ) -> Result<(), Problem> {
-    let (dirs, writable) = (vm.dirs()?.clone(), top_of(vm)?);
+    let (dirs, writable) = (vm.dirs()?.clone(), vm.disks()?);
     let offers = blocking({
         let dirs = dirs.clone();
         move || unchanging(&dirs, &writable)
@@ -97,15 +97,17 @@ async fn send_missing(
         let checksum = sent.await?;
         link.sender.file_end(number, &checksum).await?;
     }
-    link.sender.say(&FromSource::Sync { top_length_bytes: None }).await?;
+    link.sender.say(&FromSource::Sync { top_lengths_bytes: Vec::new() }).await?;
     let synced = |message: &FromTarget| matches!(message, FromTarget::Synced);
     answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "that files are stored", synced).await.map(|_| ())
 }
 
-fn stored_bytes_of_top(vm: &VmRuntime) -> Result<u64, Problem> {
-    let path = vm.dirs()?.layer(&top_of(vm)?);
-    let metadata = std::fs::metadata(&path).map_err(FileError::io(&path, "examined"))?;
-    Ok(metadata.blocks() * 512)
+fn stored_bytes_of_tops(vm: &VmRuntime) -> Result<u64, Problem> {
+    let stored = |path: &PathBuf| -> Result<u64, Problem> {
+        let metadata = std::fs::metadata(path).map_err(FileError::io(path, "examined"))?;
+        Ok(metadata.blocks() * 512)
+    };
+    layers::top_files(vm.dirs()?, &vm.disks()?).iter().map(stored).sum()
 }
 
 async fn stored_bytes(paths: Vec<PathBuf>) -> Result<u64, Problem> {

@@ -2,7 +2,7 @@
 //! else.
 //!
 //! A file arrives under a name that says that it is not whole, is compared with the source's checksum, brought to the
-//! disk, made read-only, and given its name. The writable top is written in place, under the QEMU that will use it, which
+//! disk, made read-only, and given its name. The writable tops are written in place, under the QEMU that will use it, which
 //! does not look at it before it is told to run.
 
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -18,7 +18,7 @@ use crate::disk::FROZEN_MODE;
 use crate::durable::{self, FileError, UNFINISHED_SUFFIX};
 use crate::layout::VmDirs;
 use crate::migration::link::FileTaker;
-use crate::migration::wire::{CHUNK_BYTES, FileName, FileOffer, SnapshotPart, TOP_FILE, WireError};
+use crate::migration::wire::{CHUNK_BYTES, FileName, FileOffer, SnapshotPart, WireError, disk_of_top};
 use crate::room::Room;
 use crate::snapshot::memory;
 use crate::vm::files;
@@ -35,8 +35,8 @@ enum Work {
     Data { file: u32, offset: u64, bytes: Vec<u8> },
     Hole { file: u32, offset: u64, length: u64 },
     Done { file: u32, checksum: String },
-    Top(PathBuf),
-    Sync { top_length_bytes: Option<u64>, reply: oneshot::Sender<Result<(), Problem>> },
+    Tops(Vec<PathBuf>),
+    Sync { top_lengths_bytes: Vec<u64>, reply: oneshot::Sender<Result<(), Problem>> },
 }
 
 /// To the thread that writes.
@@ -50,15 +50,8 @@ impl Files {
     pub fn start(dirs: VmDirs, group: Option<u32>) -> Self {
         let (queue, mut work) = mpsc::channel(QUEUE_MAX);
         tokio::task::spawn_blocking(move || {
-            let mut disk = Disk {
-                dirs,
-                group,
-                offers: Vec::new(),
-                open: None,
-                top: None,
-                room: Room::default(),
-                fault: None,
-            };
+            let mut disk =
+                Disk { dirs, group, offers: Vec::new(), open: None, tops: Vec::new(), fault: None };
             while let Some(work) = work.blocking_recv() {
                 disk.work(work);
             }
@@ -76,21 +69,21 @@ impl Files {
         answer.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// From now on data may come for the writable top, which is there.
+    /// From now on data may come for the disks' writable tops, which are there.
     ///
     /// # Errors
     /// When the thread has ended.
-    pub async fn expect_top(&self, path: PathBuf) -> Result<(), Problem> {
-        self.put(Work::Top(path)).await
+    pub async fn expect_tops(&self, paths: Vec<PathBuf>) -> Result<(), Problem> {
+        self.put(Work::Tops(paths)).await
     }
 
-    /// Waits until all that came before is on the disk and was right; the top is given its length.
+    /// Waits until all that came before is on the disk and was right; the tops are given their lengths, if there are any.
     ///
     /// # Errors
     /// The first thing that went wrong.
-    pub async fn sync(&self, top_length_bytes: Option<u64>) -> Result<(), Problem> {
+    pub async fn sync(&self, top_lengths_bytes: Vec<u64>) -> Result<(), Problem> {
         let (reply, answer) = oneshot::channel();
-        self.put(Work::Sync { top_length_bytes, reply }).await?;
+        self.put(Work::Sync { top_lengths_bytes, reply }).await?;
         answer.await.unwrap_or_else(|_| Err(ended()))
     }
 
@@ -129,13 +122,19 @@ struct Arriving {
     checksum: Checksum,
 }
 
+/// A writable top that is written under the QEMU that will use it.
+struct Top {
+    file: File,
+    path: PathBuf,
+    room: Room,
+}
+
 struct Disk {
     dirs: VmDirs,
     group: Option<u32>,
     offers: Vec<FileOffer>,
     open: Option<Arriving>,
-    top: Option<(File, PathBuf)>,
-    room: Room,
+    tops: Vec<Top>,
     /// The first thing that went wrong; what comes after it is thrown away.
     fault: Option<Problem>,
 }
@@ -148,10 +147,10 @@ impl Disk {
                 let _ = reply.send(self.offer(files));
                 return;
             }
-            Work::Sync { top_length_bytes, reply } => {
+            Work::Sync { top_lengths_bytes, reply } => {
                 let result = match &self.fault {
                     Some(problem) => Err(problem.clone()),
-                    None => self.sync(top_length_bytes),
+                    None => self.sync(&top_lengths_bytes),
                 };
                 let _ = reply.send(result);
                 return;
@@ -160,7 +159,7 @@ impl Disk {
             Work::Data { file, offset, bytes } => self.data(file, offset, &bytes),
             Work::Hole { file, offset, length } => self.hole(file, offset, length),
             Work::Done { file, checksum } => self.done(file, &checksum),
-            Work::Top(path) => self.expect_top(path),
+            Work::Tops(paths) => self.expect_tops(paths),
         };
         self.fault = result.err();
     }
@@ -189,13 +188,13 @@ impl Disk {
     }
 
     fn data(&mut self, number: u32, offset: u64, bytes: &[u8]) -> Result<(), Problem> {
-        if number == TOP_FILE {
-            let (file, path) =
-                self.top.as_ref().ok_or_else(|| nonsense("data of a top that is not expected"))?;
+        if let Some(disk) = disk_of_top(number) {
+            let top =
+                self.tops.get_mut(disk).ok_or_else(|| nonsense("data of a top that is not expected"))?;
             if offset > LENGTH_MAX {
                 return Err(nonsense("data far beyond any disk"));
             }
-            return write(&mut self.room, file, path, offset, bytes);
+            return write(&mut top.room, &top.file, &top.path, offset, bytes);
         }
         let length = self.offered(number)?.length_bytes;
         let whole = bytes.len() == CHUNK_BYTES || offset + bytes.len() as u64 == length;
@@ -209,8 +208,8 @@ impl Disk {
     }
 
     fn hole(&mut self, number: u32, offset: u64, length: u64) -> Result<(), Problem> {
-        // Only the top changes, so only in it does something become zero.
-        let Some((file, path)) = self.top.as_ref().filter(|_| number == TOP_FILE) else {
+        // Only tops change, so only in them does something become zero.
+        let Some(Top { file, path, .. }) = disk_of_top(number).and_then(|disk| self.tops.get(disk)) else {
             return Err(nonsense("a hole in a file that does not change"));
         };
         if length > CHUNK_BYTES as u64 || offset > LENGTH_MAX {
@@ -256,21 +255,29 @@ impl Disk {
         Ok(durable::sync_parent(&path)?)
     }
 
-    fn expect_top(&mut self, path: PathBuf) -> Result<(), Problem> {
-        let file = OpenOptions::new().write(true).open(&path).map_err(FileError::io(&path, "opened"))?;
-        self.top = Some((file, path));
+    fn expect_tops(&mut self, paths: Vec<PathBuf>) -> Result<(), Problem> {
+        for path in paths {
+            let file = OpenOptions::new().write(true).open(&path).map_err(FileError::io(&path, "opened"))?;
+            self.tops.push(Top { file, path, room: Room::default() });
+        }
         Ok(())
     }
 
-    fn sync(&mut self, top_length_bytes: Option<u64>) -> Result<(), Problem> {
-        let Some((file, path)) = &self.top else { return Ok(()) };
-        let finish = || {
-            if let Some(length) = top_length_bytes.filter(|length| *length <= LENGTH_MAX) {
-                file.set_len(length)?;
+    fn sync(&mut self, top_lengths_bytes: &[u64]) -> Result<(), Problem> {
+        if self.tops.len() != top_lengths_bytes.len() {
+            return Err(nonsense("the lengths of other disks than there are"));
+        }
+        for (Top { file, path, .. }, length) in self.tops.iter().zip(top_lengths_bytes) {
+            if *length > LENGTH_MAX {
+                return Err(nonsense("a length far beyond any disk"));
             }
-            file.sync_all()
-        };
-        Ok(finish().map_err(FileError::io(path, "brought to the disk"))?)
+            let finish = || {
+                file.set_len(*length)?;
+                file.sync_all()
+            };
+            finish().map_err(FileError::io(path, "brought to the disk"))?;
+        }
+        Ok(())
     }
 
     fn offered(&self, number: u32) -> Result<&FileOffer, Problem> {

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Checksum, each_chunk};
 use crate::durable::{FileError, blocking};
 use crate::migration::link::Sender;
-use crate::migration::wire::{CHUNK_BYTES, TOP_FILE};
+use crate::migration::wire::{CHUNK_BYTES, top_file};
 use crate::task::cancelled;
 
 /// Chunks read ahead of the network: a MiB.
@@ -78,21 +78,38 @@ pub async fn send_file(
     reading.await.unwrap_or_else(|_| Err(cancelled()))
 }
 
-/// The writable top, and what of it was sent.
+/// The writable tops of a VM's disks.
 #[derive(Debug)]
-pub struct Top {
+pub struct Tops(Vec<Top>);
+
+impl Tops {
+    /// Those in these files, one for each disk. Nothing of them was sent yet.
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        let top = |(disk, path)| Top { number: top_file(disk), path, sent: Vec::new() };
+        Self(paths.into_iter().enumerate().map(top).collect())
+    }
+
+    /// Sends what differs from what was sent before; gives the files' lengths as this began, in bytes.
+    ///
+    /// # Errors
+    /// When one can't be read or the connection is over.
+    pub async fn pass(&mut self, sender: &Sender) -> Result<Vec<u64>, Problem> {
+        let mut lengths = Vec::with_capacity(self.0.len());
+        for top in &mut self.0 {
+            lengths.push(top.pass(sender).await?);
+        }
+        Ok(lengths)
+    }
+}
+
+/// A writable top, and what of it was sent.
+#[derive(Debug)]
+struct Top {
+    /// What it is called in frames.
+    number: u32,
     path: PathBuf,
     /// A hash for each chunk as it was sent last; none: it was never sent, or as zero.
     sent: Vec<Option<[u8; 16]>>,
-}
-
-/// What one pass over the top sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TopPass {
-    /// The file's length as the pass began, in bytes.
-    pub length_bytes: u64,
-    /// What was sent, in bytes.
-    pub sent_bytes: u64,
 }
 
 enum Change {
@@ -101,16 +118,7 @@ enum Change {
 }
 
 impl Top {
-    /// Nothing of it was sent yet.
-    pub const fn new(path: PathBuf) -> Self {
-        Self { path, sent: Vec::new() }
-    }
-
-    /// Sends what differs from what was sent before.
-    ///
-    /// # Errors
-    /// When it can't be read or the connection is over.
-    pub async fn pass(&mut self, sender: &Sender) -> Result<TopPass, Problem> {
+    async fn pass(&mut self, sender: &Sender) -> Result<u64, Problem> {
         let (changes, mut found) = mpsc::channel::<Change>(READ_AHEAD);
         let (path, before) = (self.path.clone(), std::mem::take(&mut self.sent));
         let looking = tokio::spawn(blocking(move || {
@@ -120,19 +128,15 @@ impl Top {
             };
             Ok(look().map_err(FileError::io(&path, "read"))?)
         }));
-        let mut sent_bytes = 0;
         while let Some(change) = found.recv().await {
             match change {
-                Change::Chunk(offset, bytes) => {
-                    sender.data(TOP_FILE, offset, &bytes).await?;
-                    sent_bytes += bytes.len() as u64;
-                }
-                Change::Zero(offset, length) => sender.hole(TOP_FILE, offset, length).await?,
+                Change::Chunk(offset, bytes) => sender.data(self.number, offset, &bytes).await?,
+                Change::Zero(offset, length) => sender.hole(self.number, offset, length).await?,
             }
         }
         let (length_bytes, sent) = looking.await.unwrap_or_else(|_| Err(cancelled()))?;
         self.sent = sent;
-        Ok(TopPass { length_bytes, sent_bytes })
+        Ok(length_bytes)
     }
 }
 

@@ -138,3 +138,14 @@ fn only_what_nobody_may_write_is_frozen() {
         fs::remove_file(&path).expect("removed");
     }
 }
+
+#[test]
+fn a_layer_that_somebody_hashed_meanwhile_is_not_hashed_again() {
+    let root = tempfile::tempdir().expect("directory");
+    let dirs = dirs(root.path());
+    make(&dirs, 1, LENGTH);
+    let file = fs::OpenOptions::new().write(true).open(dirs.layer(&layer(1))).expect("open");
+    file.write_all_at(b"other", 5000).expect("write");
+    with_reader(|reader| worker::hash(&dirs, &layer(1), reader)).expect("left alone");
+    assert_eq!(check(&dirs, 1).map(|differs| differs.offset), Some(0), "what was found is no longer found");
+}

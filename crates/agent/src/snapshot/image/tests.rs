@@ -84,6 +84,7 @@ fn take_bounded(
         snapshot: snapshot.clone(),
         definition: definition(1),
         layers: layers.to_vec(),
+        data: Vec::new(),
         fittings: Fittings::default(),
         nvram: BTreeMap::new(),
         memory: Some(memory),
@@ -285,5 +286,22 @@ fn harmed_files_are_refused_with_file_and_place() {
         fs::rename(&from, &to).expect("swapped");
         let words = with_causes(&restore(&dirs, &second).expect_err("swapped"));
         assert!(words.contains(file), "{file}: {words}");
+    }
+}
+
+#[test]
+fn a_manifest_of_more_or_fewer_disks_than_its_vm_has_is_refused() {
+    let root = tempfile::tempdir().expect("directory");
+    let dirs = dirs(root.path());
+    let (snapshot, _) = take(&dirs, 1, &[1; PAGES as usize], &[1; PAGES as usize]);
+    let whole = archive::read(&dirs, &snapshot).expect("whole");
+    let mut more = whole.clone();
+    more.data.push(vec![LayerId::from_entropy([9; 10])]);
+    let mut fewer = whole;
+    fewer.definition.spec.data_disks_mib.push(64);
+    for wrong in [more, fewer] {
+        archive::rewrite(&dirs, &wrong).expect("rewritten");
+        let found = archive::read(&dirs, &snapshot);
+        assert!(matches!(found, Err(ArchiveError::Damaged { .. })), "{found:?}");
     }
 }

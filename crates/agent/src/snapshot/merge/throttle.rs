@@ -1,6 +1,6 @@
 //! How fast layers may be merged, by what the VM's own guest feels of it.
 //!
-//! QEMU counts the guest's requests to its disk and what they took. Before a merge begins the usual time is taken; while
+//! QEMU counts the guest's requests to its disks and what they took. Before a merge begins the usual time is taken; while
 //! it goes on, the time of each moment is held against that. A guest that waits clearly longer halves the pace, one that
 //! does not raises it again. There is always a least pace, so that a merge ends, whatever the guest does.
 
@@ -10,7 +10,7 @@ use berth_qmp::Qmp;
 use berth_qmp::commands::{QueryBlockstats, RequestStatistics};
 
 use crate::disk::pace::Pace;
-use crate::qemu::DISK_ID;
+use crate::qemu::is_disk;
 
 /// How often the guest's requests are looked at. Shorter: too few of them for a mean. Longer: a guest is disturbed for
 /// longer before it is noticed.
@@ -97,8 +97,21 @@ impl Throttle {
 
     async fn look(&self) -> Option<RequestStatistics> {
         let drives = self.qmp.as_ref()?.call(QueryBlockstats {}).await.ok()?;
-        let ours = |qdev: &str| qdev.split('/').any(|part| part == DISK_ID);
-        drives.into_iter().find(|drive| drive.qdev.as_deref().is_some_and(ours)).map(|drive| drive.stats)
+        let ours = |qdev: &str| qdev.split('/').any(is_disk);
+        let ours = drives.into_iter().filter(|drive| drive.qdev.as_deref().is_some_and(ours));
+        ours.map(|drive| drive.stats).reduce(|sum, one| together(&sum, &one))
+    }
+}
+
+/// What the guest's requests to two disks come to.
+const fn together(one: &RequestStatistics, other: &RequestStatistics) -> RequestStatistics {
+    RequestStatistics {
+        reads: one.reads + other.reads,
+        writes: one.writes + other.writes,
+        flushes: one.flushes + other.flushes,
+        read_ns: one.read_ns + other.read_ns,
+        write_ns: one.write_ns + other.write_ns,
+        flush_ns: one.flush_ns + other.flush_ns,
     }
 }
 
@@ -114,6 +127,7 @@ mod tests {
         assert_eq!(mean_us(&before, &now), Some(3000));
         assert_eq!(mean_us(&now, &now), None);
         assert_eq!(mean_us(&now, &before), None, "another process, which counts anew");
+        assert_eq!(mean_us(&together(&before, &before), &together(&now, &before)), Some(3000));
     }
 
     #[test]

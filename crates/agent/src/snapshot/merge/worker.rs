@@ -127,11 +127,11 @@ async fn prepare(
     qmp: Option<berth_qmp::Qmp>,
     pace: &Pace,
 ) -> Result<Option<Merge>, Problem> {
-    let Some(run) = ground.choose().await? else { return Ok(None) };
+    let Some(chosen) = ground.choose(0).await? else { return Ok(None) };
     let throttle = Throttle::learn(qmp).await;
     pace.set(throttle.first_pace());
     tokio::select! {
-        merged = ground.merge(run, pace) => merged.map(Some),
+        merged = ground.merge(chosen, pace) => merged.map(Some),
         () = throttle.run(pace) => Ok(None),
     }
 }

@@ -15,7 +15,10 @@ async fn limit(world: &World, place: &Place, quota: Quota) {
 }
 
 fn wish(segment: &str, name: &str) -> Value {
-    json!({"segment": segment, "name": name, "image": "debian", "vcpus": 2, "memory_mib": 1024, "disk_mib": 2048})
+    json!({
+        "segment": segment, "name": name, "image": "debian",
+        "vcpus": 2, "memory_mib": 1024, "disk_mib": 1536, "data_disks_mib": [256, 256],
+    })
 }
 
 /// Each place has one VM of 1 virtual CPU, 512 MiB of memory and 1024 MiB of disk, with two snapshots.

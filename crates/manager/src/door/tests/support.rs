@@ -383,6 +383,7 @@ pub fn sample_vm(number: u32, segment: &Segment, host: &Host, image: &Image) -> 
             vcpus: 1,
             memory_mib: 512,
             disk_mib: 1024,
+            data_disks_mib: Vec::new(),
             image: image.id.clone(),
             pool: "default".parse().expect("a name"),
             machine_type: "pc-q35-10.0".to_owned(),
