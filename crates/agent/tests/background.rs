@@ -146,7 +146,7 @@ async fn whoever_breaks_one_off_leaves_a_guest_that_runs_and_writes() {
             host.agent.tasks().cancel(&task).expect("cancelled");
             in_the_background += u32::from(host.wait(&task).await.is_err());
         }
-        assert_eq!(host.state(&vm.id), Some(VmState::Running), "after {delay_ms} ms");
+        host.until(&vm.id, VmState::Running).await;
         let found = host.probe(&vm.id).verify(LONG).expect("verified");
         assert_eq!((found.pages_wrong, found.files_wrong), (0, 0));
         // The manager asks again, with the same ids.

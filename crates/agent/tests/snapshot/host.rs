@@ -196,16 +196,21 @@ impl TestHost {
 
     /// Waits until the agent has noticed that a VM has no process.
     pub async fn until_stopped(&self, vm: &VmId) {
+        self.until(vm, VmState::Stopped).await;
+    }
+
+    /// Waits until the agent has noticed that a VM is in this state.
+    pub async fn until(&self, vm: &VmId, wanted: VmState) {
         let services = self.agent.services();
         let mut report = services.board.now();
-        while self.state(vm) != Some(VmState::Stopped) {
+        while self.state(vm) != Some(wanted) {
             let query = ReportQuery {
                 incarnation: Some(report.incarnation),
                 after: Some(report.generation),
                 wait_ms: Some(10_000),
             };
             let newer = services.board.wait(&query).await;
-            assert!(newer.generation > report.generation, "the VM's end is not noticed");
+            assert!(newer.generation > report.generation, "the VM is not seen to be {wanted}");
             report = newer;
         }
     }
