@@ -1,9 +1,9 @@
 //! How an agent comes by fake QEMUs: its launcher, and a tool for images that needs no program.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +16,7 @@ use berth_agent::launcher::{
     Argument, Duplex, Exit, Hypervisor, LaunchError, LaunchSpec, Launched, Launcher, Process, ProcessRecord,
     Socket,
 };
+use berth_agent::snapshot::overlay::{self, Below};
 use berth_api::transport::BoxFuture;
 use berth_model::host::{Accelerator, QemuAbilities};
 use berth_model::{Problem, ProblemCode};
@@ -32,8 +33,6 @@ pub const CPU_MODEL: &str = "qemu64";
 const BOOT_ID: &str = "sim";
 /// How long a command may take. A machine that hangs would hold up a story for longer than it is worth.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
-/// What an empty layer is as a file, in bytes.
-const LAYER_BYTES: u64 = 64 << 10;
 
 /// Starts fake QEMUs on one host, and knows them again when another agent asks.
 pub struct SimLauncher {
@@ -207,17 +206,16 @@ async fn greet(qemu: &FakeQemu) -> Result<(Qmp, Events), QmpError> {
     Qmp::over_unix(stream, options).await
 }
 
-/// Makes layers that are files of nothing.
+/// Makes layers that hold nothing; they are what they say they are all the same, for verifications read them.
 #[derive(Debug, Clone, Copy)]
 pub struct SimImages;
 
 impl ImageTool for SimImages {
     fn create_layer(&self, layer: NewLayer) -> BoxFuture<'_, Result<(), Problem>> {
         let made = || {
-            let mut options = OpenOptions::new();
-            let file =
-                options.write(true).create(true).truncate(true).mode(WRITABLE_MODE).open(&layer.path)?;
-            file.set_len(LAYER_BYTES)
+            let below = Below { path: "image", format: "raw" };
+            overlay::create(&layer.path, layer.virtual_size_bytes, below, None)?;
+            fs::set_permissions(&layer.path, fs::Permissions::from_mode(WRITABLE_MODE))
         };
         let made = made().map_err(|error| {
             Problem::new(ProblemCode::Internal, format!("{}: {error}", layer.path.display()))
