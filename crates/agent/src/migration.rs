@@ -12,8 +12,8 @@
 //! its process has died. The rest follows from it: an agent that finds its VM without the source's marker lets it run,
 //! whatever QEMU was doing; one that finds the marker does nothing; a target that is not told does nothing either.
 
-use berth_api::agent::{MigrationSide, TaskOutput, VmDefinition};
-use berth_model::{HostId, OperationId, Problem, ProblemCode};
+use berth_api::agent::{MigrationSide, TaskOutput, TaskSpec};
+use berth_model::{OperationId, Problem, ProblemCode};
 use berth_qmp::Qmp;
 use berth_qmp::commands::{MigrationStatus, QueryMigrate, QueryStatus};
 
@@ -30,6 +30,7 @@ mod journey;
 pub mod link;
 mod marker;
 pub mod outgoing;
+mod put_back;
 mod recovery;
 mod source;
 pub mod storage;
@@ -50,21 +51,19 @@ use target::Admission;
 ///
 /// # Errors
 /// When the VM is here already, or its image or pool is not; nothing is then left.
-pub(crate) async fn admit(
-    vm: &mut VmRuntime,
-    task: &TaskContext,
-    migration: &OperationId,
-    definition: &VmDefinition,
-    source: &HostId,
-    shared_pool: bool,
-) -> Result<TaskOutput, Problem> {
+pub(crate) async fn admit(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, Problem> {
+    let TaskSpec::AdmitMigration { migration, definition, source, shared_pool, put_back } = &task.put().spec
+    else {
+        return Err(Problem::new(ProblemCode::Internal, "a task that admits nothing"));
+    };
     task.phase("preparing");
     let was_known = vm.is_known();
     let admission = Admission {
         migration: migration.clone(),
         source: source.clone(),
-        shared_pool,
-        definition: definition.clone(),
+        shared_pool: *shared_pool,
+        definition: (**definition).clone(),
+        put_back: put_back.clone(),
     };
     match expect(vm, &admission).await {
         Ok(()) => Ok(TaskOutput::Done),
@@ -199,20 +198,20 @@ async fn loaded(vm: &VmRuntime) -> Result<Qmp, Problem> {
 /// # Errors
 /// When the record can't be written, or the guest does not run.
 pub(crate) async fn take_back(vm: &mut VmRuntime, migration: &OperationId) -> Result<TaskOutput, Problem> {
-    match &vm.host_record()?.migration {
-        Some(MigrationSide::Source { migration: of, .. }) if of == migration => {}
+    let held = match &vm.host_record()?.migration {
+        Some(MigrationSide::Source { migration: of, held, .. }) if of == migration => *held,
         None => return Ok(TaskOutput::Done),
         Some(side) => {
             let message = format!("{} is in another migration on this host: {side:?}", vm.id());
             return Err(Problem::new(ProblemCode::WrongState, message));
         }
-    }
+    };
     // What is on the disk first: it must never say that the VM was given away when it runs here.
     let state = vm.dirs()?.state.clone();
     blocking(move || Ok(marker::remove(&state, Deed::GivenAway)?)).await?;
     vm.set_migration(None).await?;
     if let Ok(qmp) = vm.qmp().cloned() {
-        outgoing::settle(&qmp, true).await?;
+        outgoing::settle(&qmp, !held).await?;
     }
     Ok(TaskOutput::Done)
 }

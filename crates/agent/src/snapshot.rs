@@ -49,7 +49,7 @@ pub mod memory;
 pub mod merge;
 pub mod overlay;
 pub mod ready;
-mod restore;
+pub mod restore;
 mod slowdown;
 pub mod verify;
 mod working_set;

@@ -33,6 +33,7 @@ impl Pair {
             definition: vm.boxed(),
             source: self.source.id.clone(),
             shared_pool,
+            put_back: None,
         };
         self.target.task(&vm.id, spec).await.expect("admitted");
     }
@@ -45,6 +46,7 @@ impl Pair {
             shared_pool,
             bandwidth_bytes_per_second: None,
             spare_layers: vec![layer(), layer(), layer()],
+            put_back: false,
         }
     }
 
@@ -294,6 +296,7 @@ async fn slow(pair: &Pair, vm: &TestVm, migration: &OperationId, address: &str, 
         shared_pool: false,
         bandwidth_bytes_per_second: Some(mib_s << 20),
         spare_layers,
+        put_back: false,
     };
     let task = pair.source.put(&vm.id, spec);
     let mut after = 0;

@@ -226,6 +226,9 @@ pub enum TaskSpec {
         source: HostId,
         /// Both hosts see the VM's directory in one shared pool.
         shared_pool: bool,
+        /// It is put back here to one of its snapshots, instead of going on where it is; none: it goes on.
+        #[serde(default)]
+        put_back: Option<PutBack>,
     },
     /// As target: forget the migration and remove what came of it; refused once the guest runs here.
     RefuseMigration {
@@ -253,6 +256,10 @@ pub enum TaskSpec {
         bandwidth_bytes_per_second: Option<u64>,
         /// Ids for layers that have to be frozen on the way, in order of use.
         spare_layers: Vec<LayerId>,
+        /// The target puts it back to a snapshot, as it was told: what its memory and its writable layers hold stays here.
+        /// It need not run.
+        #[serde(default)]
+        put_back: bool,
     },
     /// As source: the target is known to have no process; take the VM back and let it run.
     TakeBack {
@@ -372,6 +379,17 @@ pub struct PutTask {
     pub spec: TaskSpec,
 }
 
+/// What a VM is put back to on the host that it comes to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PutBack {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// The layer that the VM is to write to.
+    pub new_top: LayerId,
+    /// Hold the guest afterwards, though it ran then.
+    pub paused: bool,
+}
+
 /// Where this host stands in a migration of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "side", rename_all = "kebab-case")]
@@ -382,6 +400,9 @@ pub enum MigrationSide {
         migration: OperationId,
         /// It has given the VM away, durably.
         handed_over: bool,
+        /// The guest did not run before it began, and is not let run when it comes to nothing.
+        #[serde(default)]
+        held: bool,
     },
     /// It receives the VM.
     Target {

@@ -132,6 +132,9 @@ pub struct RestoreArguments {
     /// Also when the snapshot failed its last verification
     #[arg(long, conflicts_with = "name")]
     force: bool,
+    /// Put it back on this host, to which it moves; what it is on the host that it is on goes
+    #[arg(long, conflicts_with = "name")]
+    host: Option<String>,
     #[command(flatten)]
     clone: clone::CloneArguments,
     #[command(flatten)]
@@ -164,13 +167,13 @@ pub async fn run(session: &Session, verb: Verb) -> Result<(), Failure> {
         }
         Verb::Diff(arguments) => diff::run(session, arguments).await,
         Verb::Restore(arguments) => {
-            let RestoreArguments { vm, snapshot, no_undo, paused, force, clone, change } = arguments;
+            let RestoreArguments { vm, snapshot, no_undo, paused, force, host, clone, change } = arguments;
             if clone.is_wanted() {
                 return clone::run(session, vm, snapshot, (clone, paused), change).await;
             }
             // The manager's own word for the baseline is no name at all, whatever the snapshot is called.
             let snapshot = snapshot.filter(|name| name != BASELINE);
-            let wish = RestoreVm { snapshot, no_undo, paused, newest_undo: false, force };
+            let wish = RestoreVm { snapshot, no_undo, paused, newest_undo: false, force, host };
             restore(session, &vm, &wish, change).await
         }
         Verb::Undo(UndoArguments { vm, paused, change }) => {
@@ -336,6 +339,9 @@ pub fn restore_in_words(facts: &RestoreFacts, undo: Option<&SnapshotId>) -> Stri
         ClockSetting::Held => format!("there {} after the command", units::micros(facts.running_us)),
         _ => format!("running {} after the command", units::micros(facts.running_us)),
     };
+    if let Some(blackout_us) = facts.blackout_us {
+        running.push_str(&format!(" on the other host, standing still for {}", units::micros(blackout_us)));
+    }
     if facts.warm_process {
         running.push_str(" (its process was ready)");
     }

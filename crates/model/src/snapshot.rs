@@ -184,6 +184,9 @@ pub struct RestoreFacts {
     pub running_us: u64,
     /// What the undo snapshot took before that, in microseconds; 0 if none was taken.
     pub undo_us: u64,
+    /// Of a VM that was put back on another host: how long its guest ran on neither, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout_us: Option<u64>,
     /// A process had been made ready before the command came.
     #[serde(default)]
     pub warm_process: bool,

@@ -38,6 +38,15 @@ pub enum NotRunning {
     Perhaps(Problem),
 }
 
+impl From<IncomingError> for NotRunning {
+    fn from(error: IncomingError) -> Self {
+        match error {
+            refusal @ IncomingError::Qmp(QmpError::Command { .. }) => Self::Never(refusal.into()),
+            error => Self::Perhaps(error.into()),
+        }
+    }
+}
+
 /// Prepares the marker. To be done before the source stops the guest: it waits for the disk.
 ///
 /// # Errors
@@ -71,9 +80,9 @@ pub async fn forget(vm: &VmRuntime) -> Result<(), Problem> {
 ///
 /// # Errors
 /// See [`NotRunning`].
-pub async fn let_run<T>(
+pub async fn let_run<T, E: Into<NotRunning>>(
     marker: Marker,
-    run: impl Future<Output = Result<T, IncomingError>>,
+    run: impl Future<Output = Result<T, E>>,
 ) -> Result<T, NotRunning> {
     let (marker, set) = blocking(move || {
         let set = marker.set();
@@ -82,10 +91,10 @@ pub async fn let_run<T>(
     .await
     .map_err(NotRunning::Never)?;
     let refusal = match set {
-        Ok(()) => match run.await {
+        Ok(()) => match run.await.map_err(Into::into) {
             Ok(running) => return Ok(running),
-            Err(refusal @ IncomingError::Qmp(QmpError::Command { .. })) => refusal.into(),
-            Err(error) => return Err(NotRunning::Perhaps(error.into())),
+            Err(NotRunning::Never(refusal)) => refusal,
+            Err(perhaps) => return Err(perhaps),
         },
         Err(error) => error.into(),
     };

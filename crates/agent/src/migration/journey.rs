@@ -5,7 +5,6 @@ use std::time::Instant;
 use berth_model::migration::{MigrationEvent, MigrationPhase, MigrationReport, PhaseTiming, step};
 
 use super::link::Sender;
-use super::outgoing::Outgoing;
 use super::source::Order;
 use crate::vm::VmRuntime;
 
@@ -60,16 +59,16 @@ impl Journey {
         }
     }
 
-    /// What was measured. `running_at_us` is by the target's clock; none: it is not known whether the guest runs.
+    /// What was measured, without passes. `stopped_us` is by our clock, `running_at_us` by the target's; none: it did not
+    /// run here, or it is not known whether it runs there.
     pub fn report(
         &mut self,
         vm: &VmRuntime,
         order: &Order,
         sender: &Sender,
-        outgoing: &Outgoing,
+        stopped_us: Option<u64>,
         running_at_us: Option<u64>,
     ) -> MigrationReport {
-        let stopped_us = outgoing.stopped_at().map(berth_qmp::HostTime::epoch_us);
         let blackout_us = running_at_us.zip(stopped_us).map_or(0, |(running, stopped)| {
             let there = running.cast_signed() - self.clock_offset_us;
             u64::try_from(there - stopped.cast_signed()).unwrap_or(0)
@@ -78,7 +77,6 @@ impl Journey {
             blackout_us,
             memory_bytes: sender.stream_bytes(),
             storage_bytes: sender.storage_bytes(),
-            rounds: outgoing.passes(),
             ..self.empty_report(vm, order)
         }
     }

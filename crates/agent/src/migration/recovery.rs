@@ -29,18 +29,19 @@ use crate::vm::VmRuntime;
 /// # Errors
 /// When QEMU refuses or a record can't be written.
 pub(crate) async fn recover(vm: &mut VmRuntime) -> Result<(), Problem> {
-    if let Some(MigrationSide::Source { migration, handed_over: false }) = vm.host_record()?.migration.clone()
+    if let Some(MigrationSide::Source { migration, handed_over: false, held }) =
+        vm.host_record()?.migration.clone()
     {
         let state = vm.dirs()?.state.clone();
         if blocking(move || Ok(marker::was_given_away(&state)?)).await? {
-            vm.set_migration(Some(MigrationSide::Source { migration, handed_over: true })).await?;
+            vm.set_migration(Some(MigrationSide::Source { migration, handed_over: true, held })).await?;
         }
     }
     match vm.host_record()?.migration.clone() {
         None | Some(MigrationSide::Source { handed_over: true, .. }) => Ok(()),
-        Some(MigrationSide::Source { handed_over: false, .. }) => {
+        Some(MigrationSide::Source { handed_over: false, held, .. }) => {
             if let Ok(qmp) = vm.qmp().cloned() {
-                settle(&qmp, true).await?;
+                settle(&qmp, !held).await?;
             }
             vm.set_migration(None).await
         }
@@ -61,7 +62,10 @@ async fn recover_target(vm: &mut VmRuntime, migration: OperationId) -> Result<()
         return settle_in(vm).await;
     }
     if mark == Mark::Set {
-        if let Err(error) = incoming::run_loaded(&qmp).await {
+        // One that was put back here to stand still was told no more than that.
+        let stands =
+            Admission::read(vm)?.and_then(|admission| admission.put_back).is_some_and(|it| it.paused);
+        if !stands && let Err(error) = incoming::run_loaded(&qmp).await {
             tracing::warn!(vm = %vm.id(), %error, "the guest was told to run, and does not");
         }
         return settle_in(vm).await;

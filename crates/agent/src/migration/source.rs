@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use berth_api::agent::{MigrationPath, MigrationSide, TaskOutput, TaskSpec};
-use berth_model::migration::{MigrationEvent, MigrationPhase};
+use berth_model::migration::{MigrationEvent, MigrationPhase, MigrationReport};
 use berth_model::vm::{VmEvent, VmState};
 use berth_model::{HostId, LayerId, OperationId, Problem, ProblemCode};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use super::journey::Journey;
 use super::link::{self, Link, Messages, NoFiles};
 use super::marker::{self, Deed, Marker};
 use super::outgoing::{Outgoing, Sending, settle};
+use super::put_back;
 use super::storage::copying::copy_unchanging;
 use super::storage::sending::Tops;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
@@ -55,6 +56,8 @@ pub struct Order {
     pub bandwidth_bytes_per_second: Option<u64>,
     /// Ids for layers that have to be frozen on the way.
     pub spare_layers: Vec<LayerId>,
+    /// It is put back to a snapshot there.
+    pub put_back: bool,
 }
 
 impl Order {
@@ -66,6 +69,7 @@ impl Order {
             shared_pool,
             bandwidth_bytes_per_second,
             spare_layers,
+            put_back,
         } = spec
         else {
             return None;
@@ -77,6 +81,7 @@ impl Order {
             shared_pool: *shared_pool,
             bandwidth_bytes_per_second: *bandwidth_bytes_per_second,
             spare_layers: spare_layers.clone(),
+            put_back: *put_back,
         })
     }
 }
@@ -89,20 +94,27 @@ pub async fn move_away(vm: &mut VmRuntime, context: &TaskContext) -> Result<Task
     let order = Order::of(&context.put().spec)
         .ok_or_else(|| Problem::new(ProblemCode::Internal, "a task that moves nothing"))?;
     let side = vm.host_record()?.migration.clone();
-    if let Some(MigrationSide::Source { migration, handed_over: true }) = side {
+    if let Some(MigrationSide::Source { migration, handed_over: true, .. }) = side {
         // Run again after the agent died: what happened to the VM only the target can tell.
         return given_away(vm, &order, &migration);
     }
-    if !vm.status().runs() {
-        return Err(vm.wrong_state("a running VM"));
+    let held = !vm.status().runs();
+    if !order.put_back {
+        if held {
+            return Err(vm.wrong_state("a running VM"));
+        }
+        vm.qmp()?;
+        identity::check_may_move(vm)?;
     }
-    vm.qmp()?;
-    identity::check_may_move(vm)?;
-    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: false };
+    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: false, held };
     vm.set_migration(Some(side)).await?;
-    vm.status().apply(VmEvent::MigrationBegun);
     let mut journey = Journey::new();
-    let result = run(vm, context, &order, &mut journey).await;
+    let result = if order.put_back {
+        Box::pin(put_back::leave(vm, context, &order, &mut journey)).await
+    } else {
+        vm.status().apply(VmEvent::MigrationBegun);
+        run(vm, context, &order, &mut journey).await
+    };
     let result = match result {
         Ok(output) => Ok(output),
         Err(problem) => Err(give_up(vm, problem).await),
@@ -120,16 +132,7 @@ async fn run(
     order: &Order,
     journey: &mut Journey,
 ) -> Result<TaskOutput, Problem> {
-    context.phase(MigrationPhase::Preparing.as_str());
-    let mut link = connect(vm, order).await?;
-    journey.clock_offset_us = compare_clocks(&mut link).await?;
-    if order.shared_pool {
-        journey.step(MigrationEvent::NothingToCopy);
-    } else {
-        journey.step(MigrationEvent::TargetReady);
-        copy_unchanging(vm, context, order, &mut link).await?;
-        journey.step(MigrationEvent::LayersThere);
-    }
+    let mut link = begin(vm, context, order, journey).await?;
     let mut tops = launch_target(vm, order, &mut link).await?;
     let state = vm.dirs()?.state.clone();
     let marker = blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await?;
@@ -155,7 +158,9 @@ async fn run(
     if running.is_some() {
         journey.step(MigrationEvent::GuestRunning);
     }
-    let report = journey.report(vm, order, &link.sender, &outgoing, running);
+    let stopped_us = outgoing.stopped_at().map(berth_qmp::HostTime::epoch_us);
+    let report = journey.report(vm, order, &link.sender, stopped_us, running);
+    let report = MigrationReport { rounds: outgoing.passes(), ..report };
     if running.is_none() {
         return Ok(TaskOutput::HandedOver { report, top });
     }
@@ -164,6 +169,26 @@ async fn run(
         tracing::warn!(vm = %vm.id(), %problem, "the process of a VM that has moved stays behind");
     }
     Ok(TaskOutput::Moved { report, top })
+}
+
+/// Up to where the target has all that does not change.
+pub(super) async fn begin(
+    vm: &mut VmRuntime,
+    context: &TaskContext,
+    order: &Order,
+    journey: &mut Journey,
+) -> Result<Link<FromTarget>, Problem> {
+    context.phase(MigrationPhase::Preparing.as_str());
+    let mut link = connect(vm, order).await?;
+    journey.clock_offset_us = compare_clocks(&mut link).await?;
+    if order.shared_pool {
+        journey.step(MigrationEvent::NothingToCopy);
+    } else {
+        journey.step(MigrationEvent::TargetReady);
+        copy_unchanging(vm, context, order, &mut link).await?;
+        journey.step(MigrationEvent::LayersThere);
+    }
+    Ok(link)
 }
 
 /// Reaches the target's agent, and says what is coming.
@@ -323,7 +348,7 @@ async fn stop_and_copy(
 
 /// The point of no return: it is written down that the VM is given away, and then the target is told. Gives when the
 /// guest ran there, in microseconds by the target's clock; none: it is not known whether it does.
-async fn hand_over(
+pub(super) async fn hand_over(
     vm: &mut VmRuntime,
     order: &Order,
     marker: Marker,
@@ -348,7 +373,8 @@ async fn hand_over(
             None
         }
     };
-    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: true };
+    let held = was_held(vm);
+    let side = MigrationSide::Source { migration: order.migration.clone(), handed_over: true, held };
     if let Err(problem) = vm.set_migration(Some(side)).await {
         // The marker says it, until the next start at least.
         tracing::error!(vm = %vm.id(), %problem, "that the VM was given away is not on record");
@@ -393,9 +419,15 @@ async fn stay(vm: &mut VmRuntime) -> Result<(), Problem> {
         ));
     }
     if let Ok(qmp) = vm.qmp().cloned() {
-        settle(&qmp, true).await?;
+        settle(&qmp, !was_held(vm)).await?;
     }
     vm.set_migration(None).await
+}
+
+/// Whether the guest stood still before all began.
+fn was_held(vm: &VmRuntime) -> bool {
+    let side = vm.host_record().ok().and_then(|host| host.migration.clone());
+    matches!(side, Some(MigrationSide::Source { held: true, .. }))
 }
 
 fn given_away(vm: &VmRuntime, order: &Order, migration: &OperationId) -> Result<TaskOutput, Problem> {
@@ -430,12 +462,12 @@ fn unexpected(message: &FromTarget, expected: &'static str) -> Problem {
 }
 
 /// The layer that the guest writes to on its root disk.
-fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
+pub(super) fn top_of(vm: &VmRuntime) -> Result<LayerId, Problem> {
     let top = vm.chain()?.last().cloned();
     top.ok_or_else(|| Problem::new(ProblemCode::Internal, "a VM without layers"))
 }
 
-fn now_us() -> u64 {
+pub(super) fn now_us() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }

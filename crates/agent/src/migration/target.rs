@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use berth_api::agent::{MigrationSide, VmDefinition};
+use berth_api::agent::{MigrationSide, PutBack, VmDefinition};
 use berth_model::{HostId, OperationId, Problem, ProblemCode};
 use berth_qmp::commands::AnnounceSelf;
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,7 @@ use super::arrival::{self, NotRunning};
 use super::incoming::{Incoming, Origin, lift_limits};
 use super::link::{self, Link, Sender};
 use super::marker::{Mark, Marker};
+use super::put_back;
 use super::storage::receiving::Files;
 use super::wire::{FromSource, FromTarget, VERSION, WireError};
 use crate::disks::{self, Disks};
@@ -31,7 +32,7 @@ use crate::vm::{LaunchPlan, Memory, VmRuntime, files};
 /// How long the source may be silent while nothing is under way that takes long.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long the source may take to write down that it gives the VM away.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the manager said of a VM that is to come: kept on the disk, for it must outlive the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +45,9 @@ pub struct Admission {
     pub shared_pool: bool,
     /// The VM.
     pub definition: VmDefinition,
+    /// What it is put back to here; none: it goes on where it is.
+    #[serde(default)]
+    pub put_back: Option<PutBack>,
 }
 
 impl Admission {
@@ -124,7 +128,16 @@ async fn run(
     if !admission.shared_pool {
         files::make_directories(vm.services(), vm.dirs()?, &admission.definition).await?;
     }
-    let (disks, fittings, nvram) = take_files(link, files, decided).await?;
+    let launch = take_files(link, files, decided).await?;
+    let (disks, fittings, nvram) = match (launch, &admission.put_back) {
+        (Some(launch), None) => launch,
+        (None, Some(wanted)) => {
+            // Boxed, as whatever makes a machine ready is: together they are more than a thread's stack holds.
+            return Ok(Box::pin(put_back::arrive(vm, admission, wanted, link, decided)).await?);
+        }
+        (Some(_), Some(_)) => return Err(not_as_admitted("it is to be put back to a snapshot here").into()),
+        (None, None) => return Err(not_as_admitted("it is to go on where it is").into()),
+    };
     let record = VmRecord::new(admission.definition.clone(), disks, fittings);
     if !admission.shared_pool {
         make_nvram(vm, &record, &nvram).await?;
@@ -238,13 +251,18 @@ async fn welcome(
     Ok(link.sender.say(&FromTarget::Welcome { version: VERSION }).await?)
 }
 
+fn not_as_admitted(expected: &str) -> Problem {
+    let message = format!("the source sends the VM otherwise than the manager said: {expected}");
+    Problem::new(ProblemCode::WrongState, message)
+}
+
 /// Takes what does not change, until the source asks for a process; gives the disks' layers, what the machine is fitted
-/// with, and what it remembers beside its disk.
+/// with, and what it remembers beside its disk. None: the VM is to be put back to a snapshot, which has come.
 async fn take_files(
     link: &mut Link<FromSource>,
     files: &Files,
     decided: &CancellationToken,
-) -> Result<(Disks, Fittings, Encoded), Problem> {
+) -> Result<Option<(Disks, Fittings, Encoded)>, Problem> {
     loop {
         match next(link, decided, SILENCE_TIMEOUT).await? {
             FromSource::Ping { number } => pong(&link.sender, number).await?,
@@ -257,8 +275,9 @@ async fn take_files(
                 link.sender.say(&FromTarget::Synced).await?;
             }
             FromSource::Launch { chain, data, fittings, nvram } => {
-                return Ok((Disks::new(chain, data), fittings, nvram));
+                return Ok(Some((Disks::new(chain, data), fittings, nvram)));
             }
+            FromSource::PutBack => return Ok(None),
             FromSource::Failed { problem } => return Err(problem),
             other => return Err(unexpected(&other, "files")),
         }
@@ -370,7 +389,7 @@ async fn pong(sender: &Sender, number: u32) -> Result<(), Problem> {
     Ok(sender.say(&FromTarget::Pong { number, at_us }).await?)
 }
 
-async fn next(
+pub(super) async fn next(
     link: &mut Link<FromSource>,
     decided: &CancellationToken,
     timeout: Duration,
@@ -392,6 +411,6 @@ fn was_decided() -> Problem {
     Problem::new(ProblemCode::Cancelled, "the manager has decided the migration otherwise")
 }
 
-fn unexpected(message: &FromSource, expected: &'static str) -> Problem {
+pub(super) fn unexpected(message: &FromSource, expected: &'static str) -> Problem {
     WireError::Unexpected { what: format!("{message:?}"), expected }.into()
 }

@@ -27,6 +27,16 @@
 //!    │ ◄────────────────────────────────────────── Running {when} │
 //! ```
 //!
+//! A VM that is put back to a snapshot on the target, as the manager has told both, has no stream:
+//!
+//! ```text
+//!    │ PutBack ─────────────────────────────────────────────────► │ the machine of the snapshot, loaded and standing still
+//!    │ ◄──────────────────────────────────────────────── Waiting │
+//!    │ STOP; writes down that it gives the VM away                │
+//!    │ Commit ──────────────────────────────────────────────────► │ cont
+//!    │ ◄────────────────────────────────────────── Running {when} │
+//! ```
+//!
 //! Either side may say `Failed` with the reason and hang up, at any time before `Commit`; a connection that ends means
 //! the same. A target that has said `Loaded` and loses the connection does nothing more by itself: whether `Commit`
 //! was on its way only the manager can find out.
@@ -47,7 +57,7 @@ use crate::nvram::Encoded;
 /// The name in the connection's `Upgrade` header.
 pub const UPGRADE: &str = "berth-migration";
 /// The protocol's version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Bytes of a file in one frame, aligned to the same: what is compared, hashed and sent as one.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Most bytes of QEMU's stream in one frame. More: what is urgent waits behind it; less: more work for each byte.
@@ -226,6 +236,7 @@ pub enum FromSource {
         #[serde(default, skip_serializing_if = "Encoded::is_empty")]
         nvram: Encoded,
     },
+    PutBack,
     Commit,
     Failed {
         problem: Problem,

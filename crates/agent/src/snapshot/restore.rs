@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use berth_api::agent::{TaskOutput, VmDefinition};
 use berth_model::snapshot::{ClockSetting, RestoreFacts};
 use berth_model::{LayerId, Problem, ProblemCode, SnapshotId};
+use berth_qmp::HostTime;
 
 use super::ready::{self, Machine, Network, NotReady, Ready, Wanted};
 use super::{afterwards, archive, identity, layers, working_set};
@@ -85,45 +86,145 @@ pub async fn restore(
     context: &TaskContext,
     target: Target<'_>,
 ) -> Result<TaskOutput, Problem> {
-    let started = Instant::now();
     context.phase("restoring");
+    let mut placed = prepare(vm, target).await?.take_place(vm).await?;
+    if let Err(error) = placed.let_go_on(vm).await {
+        return Err(placed.go_back(vm, error.into()).await);
+    }
+    let facts = placed.settle(vm).await?;
+    Ok(TaskOutput::Restored { facts })
+}
+
+/// A machine that is ready to take the VM's place.
+pub struct Prepared {
+    ready: Ready,
+    warm_process: bool,
+    paused: bool,
+    new_top: LayerId,
+    started: Instant,
+}
+
+/// Makes ready what is to take the VM's place.
+///
+/// # Errors
+/// As [`restore`].
+pub async fn prepare(vm: &mut VmRuntime, target: Target<'_>) -> Result<Prepared, Problem> {
+    let started = Instant::now();
     check(vm, target.new_top)?;
     let (ready, warm_process) = get_ready(vm, target).await?;
-    let (working_set_bytes, snapshot) = (ready.working_set_bytes, ready.manifest.snapshot.clone());
-    let old_record = vm.vm_record().ok().cloned();
-    let old_process = vm.process().cloned();
-    let runs = match switch(vm, ready, target.paused).await {
-        Ok(runs) => runs,
-        Err(problem) => return Err(go_back(vm, problem, old_record, target.new_top).await),
-    };
-    let running_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    let pages_faulted = match vm.process() {
-        Some(process) => {
-            let memory = archive::SnapshotFiles::of(vm.dirs()?, &snapshot).memory();
-            working_set::pages_present(process.record().pid, memory).await
+    Ok(Prepared { ready, warm_process, paused: target.paused, new_top: target.new_top.clone(), started })
+}
+
+impl Prepared {
+    /// Ends it, and removes what was made for it.
+    pub async fn abandon(self, vm: &VmRuntime) {
+        let Self { ready, new_top, .. } = self;
+        drop(ready);
+        if let Ok(dirs) = vm.dirs() {
+            ready::forget_layer(dirs, vm.chain().unwrap_or_default(), &new_top).await;
         }
-        None => 0,
-    };
-    let clock = if runs { Some(afterwards::begin(vm, &snapshot)?) } else { None };
-    // The guest runs: now there is time for the disk.
-    layers::sync(vm.dirs()?, &vm.disks()?).await?;
-    let (dirs, nvram) = (vm.dirs()?.clone(), vm.vm_record()?.fittings.nvram.clone());
-    blocking(move || Ok(nvram.map_or(Ok(()), |id| nvram::sync(&dirs, &id))?)).await?;
-    vm.sync_records().await?;
-    if let Some(process) = old_process {
-        process.exited().await;
     }
-    remove_abandoned(vm, old_record.as_ref()).await;
-    let clock = match clock {
-        Some(told) => {
-            tokio::time::timeout(CLOCK_WAIT, told).await.ok().and_then(Result::ok).unwrap_or_default()
+
+    /// The deed: what was the VM is killed, and this is the VM. Its guest stands still.
+    ///
+    /// # Errors
+    /// When the system fails: the VM is then stopped, and its disk as it was.
+    pub async fn take_place(self, vm: &mut VmRuntime) -> Result<Placed, Problem> {
+        let Self { ready, warm_process, paused, new_top, started } = self;
+        let was_running = ready.manifest.memory.as_ref().is_some_and(|memory| memory.was_running);
+        let mut placed = Placed {
+            incoming: None,
+            runs: was_running && !paused,
+            snapshot: ready.manifest.snapshot.clone(),
+            old_record: vm.vm_record().ok().cloned(),
+            old_process: vm.process().cloned(),
+            new_top,
+            facts: RestoreFacts {
+                warm_process,
+                working_set_bytes: ready.working_set_bytes,
+                ..RestoreFacts::default()
+            },
+            started,
+        };
+        match switch(vm, ready).await {
+            Ok(incoming) => {
+                placed.incoming = incoming;
+                Ok(placed)
+            }
+            Err(problem) => Err(placed.go_back(vm, problem).await),
         }
-        None => ClockSetting::Held,
-    };
-    let undo_us = 0;
-    let facts = RestoreFacts { running_us, undo_us, warm_process, pages_faulted, working_set_bytes, clock };
-    tracing::info!(vm = %vm.id(), %snapshot, ?facts, "put back");
-    Ok(TaskOutput::Restored { facts })
+    }
+}
+
+/// A machine that is the VM.
+pub struct Placed {
+    /// Lets the guest run; none for a VM that was put back to a disk alone.
+    incoming: Option<Incoming>,
+    runs: bool,
+    snapshot: SnapshotId,
+    old_record: Option<VmRecord>,
+    old_process: Option<Process>,
+    new_top: LayerId,
+    facts: RestoreFacts,
+    started: Instant,
+}
+
+impl Placed {
+    /// Lets the guest run if it shall; since when, if it does.
+    ///
+    /// # Errors
+    /// When QEMU refuses, or does not say that it did.
+    pub async fn let_go_on(&mut self, vm: &VmRuntime) -> Result<Option<HostTime>, IncomingError> {
+        let since = match &mut self.incoming {
+            Some(incoming) if self.runs => Some(incoming.run().await?),
+            Some(_) => {
+                vm.status().process_rests();
+                None
+            }
+            None => None,
+        };
+        self.facts.running_us = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(since)
+    }
+
+    /// After a failure: no process, the disk that the VM had, and the record saying so.
+    pub async fn go_back(self, vm: &mut VmRuntime, problem: Problem) -> Problem {
+        go_back(vm, problem, self.old_record, &self.new_top).await
+    }
+
+    /// What has time when the guest runs: the clock is set, all is brought to the disk, and what nothing needs any more is
+    /// removed.
+    ///
+    /// # Errors
+    /// When the system refuses; the VM is put back all the same.
+    pub async fn settle(self, vm: &mut VmRuntime) -> Result<RestoreFacts, Problem> {
+        let Self { incoming, runs, snapshot, old_record, old_process, mut facts, .. } = self;
+        facts.pages_faulted = match (&incoming, vm.process()) {
+            (Some(_), Some(process)) => {
+                let memory = archive::SnapshotFiles::of(vm.dirs()?, &snapshot).memory();
+                working_set::pages_present(process.record().pid, memory).await
+            }
+            _ => 0,
+        };
+        let clock = if runs { Some(afterwards::begin(vm, &snapshot)?) } else { None };
+        // The guest runs: now there is time for the disk.
+        layers::sync(vm.dirs()?, &vm.disks()?).await?;
+        let (dirs, nvram) = (vm.dirs()?.clone(), vm.vm_record()?.fittings.nvram.clone());
+        blocking(move || Ok(nvram.map_or(Ok(()), |id| nvram::sync(&dirs, &id))?)).await?;
+        vm.sync_records().await?;
+        if let Some(process) = old_process {
+            process.exited().await;
+        }
+        remove_abandoned(vm, old_record.as_ref()).await;
+        facts.clock = match clock {
+            Some(told) => {
+                tokio::time::timeout(CLOCK_WAIT, told).await.ok().and_then(Result::ok).unwrap_or_default()
+            }
+            None => ClockSetting::Held,
+        };
+        tracing::info!(vm = %vm.id(), %snapshot, ?facts, "put back");
+        Ok(facts)
+    }
 }
 
 /// Finds out what can be found out before anything is done.
@@ -186,14 +287,14 @@ fn hangs(vm: &VmRuntime) -> Problem {
     Problem::new(ProblemCode::Hypervisor, format!("the process of {} does not end", vm.id()))
 }
 
-/// The deed. Says whether the guest runs.
-async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, Problem> {
+/// The deed. The guest stands still afterwards; none: there is none.
+async fn switch(vm: &mut VmRuntime, ready: Ready) -> Result<Option<Incoming>, Problem> {
     let Ready { manifest, record, forwards, machine, .. } = ready;
     let Some(mut machine) = machine else {
         vm.end_process().await?;
         vm.set_vm_record(record).await?;
         vm.change_host_record(|host| host.borrowed_nics = manifest.borrowed_nics).await?;
-        return Ok(false);
+        return Ok(None);
     };
     let mut host = vm.host_record()?.clone();
     host.process = Some(machine.process().record().clone());
@@ -215,19 +316,7 @@ async fn switch(vm: &mut VmRuntime, ready: Ready, paused: bool) -> Result<bool, 
         return Err(problem);
     }
     identity::isolate(vm).await?;
-    let runs = manifest.memory.is_some_and(|memory| memory.was_running) && !paused;
-    let_go_on(vm, incoming, runs).await?;
-    Ok(runs)
-}
-
-/// Lets the guest run if it shall.
-async fn let_go_on(vm: &VmRuntime, mut incoming: Incoming, runs: bool) -> Result<(), Problem> {
-    if runs {
-        incoming.run().await?;
-    } else {
-        vm.status().process_rests();
-    }
-    Ok(())
+    Ok(Some(incoming))
 }
 
 /// Gives the new process its network. One that the old process has not let go of is waited for.

@@ -349,9 +349,7 @@ async fn dispatch(vm: &mut VmRuntime, task: &TaskContext) -> Result<TaskOutput, 
         TaskSpec::CloneVm { .. } => snapshot::clone::clone_vm(vm, task).await,
         TaskSpec::ImportVm { .. } => snapshot::make_vm(vm, task).await,
         TaskSpec::DeleteSnapshot { snapshot } => snapshot::deletion::delete(vm, task, snapshot).await,
-        TaskSpec::AdmitMigration { migration, definition, source, shared_pool } => {
-            migration::admit(vm, task, migration, definition, source, *shared_pool).await
-        }
+        TaskSpec::AdmitMigration { .. } => migration::admit(vm, task).await,
         TaskSpec::RefuseMigration { migration, shared_pool } => {
             migration::refuse(vm, migration, *shared_pool).await
         }

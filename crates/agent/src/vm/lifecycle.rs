@@ -319,7 +319,7 @@ pub(crate) fn check_identity(vm: &VmRuntime, definition: &VmDefinition) -> Resul
 fn check_owner(vm: &VmRuntime) -> Result<(), Problem> {
     let side = vm.host_record().ok().and_then(|record| record.migration.as_ref());
     match side {
-        Some(MigrationSide::Source { migration, handed_over: true }) => Err(Problem::new(
+        Some(MigrationSide::Source { migration, handed_over: true, .. }) => Err(Problem::new(
             ProblemCode::WrongState,
             format!("{} was handed over to another host by {migration}", vm.id()),
         )),

@@ -54,6 +54,10 @@ pub struct RestoreVm {
     /// Also when the snapshot failed its last verification.
     #[serde(default)]
     pub force: bool,
+    /// The host (id or name) on which it is put back, to which it moves; none: the one it is on. Takes `vm.migrate` on the
+    /// VM as well.
+    #[serde(default)]
+    pub host: Option<String>,
 }
 
 /// How to verify a snapshot.

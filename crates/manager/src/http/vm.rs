@@ -168,6 +168,9 @@ async fn restore(call: Call<VmRestore, ToRestore>) -> Result<Answer<OperationRef
     // What was asked about is what is done, whatever the newest one is by then.
     wish.snapshot = Some(snapshot.value.id.to_string());
     wish.newest_undo = false;
+    if wish.host.is_some() {
+        call.ctx.require(Action::VmMigrate, &target::vm_resource(call.ctx.cluster(), vm))?;
+    }
     let request = OperationRequest::SnapshotRestore { vm: vm.value.id.clone(), wish };
     let begin = Begin { if_match, ..Begin::new(call.ctx.actor(), request) };
     operation::submit(call.ctx.cluster(), begin, dry_run).await

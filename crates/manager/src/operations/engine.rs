@@ -128,9 +128,18 @@ async fn whole<W: Workflow>(
 
 /// Does the steps that are left. The problem, when one failed or it was cancelled; undoing has then been announced.
 async fn forward<W: Workflow>(run: &mut Run<W>, resumed: bool) -> Result<Option<Problem>, Problem> {
-    let first = run.handle.row().await.operation.steps_done.len();
-    let mut past_return = W::STEPS.iter().take(first).any(|step| step.no_return);
-    for (index, step) in W::STEPS.iter().enumerate().skip(first) {
+    let done = run.handle.row().await.operation.steps_done.len();
+    let mut past_return = W::STEPS.iter().take(done).any(|step| step.no_return);
+    let mut left = W::STEPS.iter().enumerate().skip(done);
+    let first =
+        left.find(|(_, step)| !W::skips(&run.record, step.name)).map_or(W::STEPS.len(), |(index, _)| index);
+    let mut skipped: Vec<String> = Vec::new();
+    for (index, step) in W::STEPS.iter().enumerate().skip(done) {
+        if W::skips(&run.record, step.name) {
+            // Counted with the next one that is done: nothing is lost if it is not.
+            skipped.push(step.name.to_owned());
+            continue;
+        }
         if past_return {
             run.handle.pass_return();
         }
@@ -165,6 +174,7 @@ async fn forward<W: Workflow>(run: &mut Run<W>, resumed: bool) -> Result<Option<
         let record = serde_json::to_value(&run.record).expect("records are plain data");
         run.handle
             .save(&run.cluster.records, |row| {
+                row.operation.steps_done.append(&mut skipped);
                 row.operation.steps_done.push(step.name.to_owned());
                 row.record.clone_from(&record);
                 row.attempt = 1;
@@ -195,7 +205,7 @@ async fn undo<W: Workflow>(run: &mut Run<W>) -> Result<Option<String>, Problem> 
     let mut left = None;
     let count = run.handle.row().await.undo_left.min(W::STEPS.len());
     for (index, step) in W::STEPS.iter().enumerate().take(count).rev() {
-        if let Some(undo) = step.undo {
+        if let Some(undo) = step.undo.filter(|_| !W::skips(&run.record, step.name)) {
             run.phase(&format!("undoing {}", step.name));
             let mut pause = PAUSES.0;
             let mut tries = 0;

@@ -106,6 +106,11 @@ pub trait Workflow: Sized + Send + Sync + 'static {
         OperationResult::Done
     }
 
+    /// Whether a step has nothing to do, whatever comes; then neither it nor its undo is begun, or told of.
+    fn skips(_record: &Self::Record, _step: &str) -> bool {
+        false
+    }
+
     /// The host that a VM is on its way to, so that its memory is counted there.
     fn target(_record: &Self::Record) -> Option<(VmId, HostId)> {
         None

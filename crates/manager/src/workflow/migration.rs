@@ -22,7 +22,7 @@ mod hand_over;
 
 use std::sync::Arc;
 
-use berth_api::agent::{TaskOutput, TaskSpec};
+use berth_api::agent::{PutBack, TaskOutput, TaskSpec};
 use berth_model::host::Host;
 use berth_model::migration::MigrationReport;
 use berth_model::name::Name;
@@ -46,25 +46,32 @@ const SPARE_LAYERS: usize = 16;
 /// See the module's head.
 pub enum MigrateVm {}
 
-/// What is known of a migration.
+/// From where to where a VM goes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MigrateVmRecord {
+pub(super) struct Way {
     vm: VmId,
     source: HostId,
-    target: HostId,
+    pub(super) target: HostId,
     pool: Name,
     image: berth_model::ImageId,
     shared_pool: bool,
+    began_at: Timestamp,
+}
+
+/// What is known of a migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrateVmRecord {
+    #[serde(flatten)]
+    way: Way,
     bandwidth_bytes_per_second: Option<u64>,
     spare_layers: Vec<LayerId>,
-    began_at: Timestamp,
     moved: Option<Moved>,
 }
 
-/// That the guest runs on the target.
+/// That the VM is the target's.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Moved {
-    report: MigrationReport,
+pub(super) struct Moved {
+    pub(super) report: MigrationReport,
     top: Option<LayerId>,
 }
 
@@ -94,31 +101,20 @@ impl Workflow for MigrateVm {
         {
             let message = format!("{} is on host {} already", vm.full_name(), source.name);
             let expected = format!("a host other than {}", source.name);
-            return Err(Problem::new(ProblemCode::InvalidInput, message).at(
-                "target",
-                &target.name,
-                expected,
-            ));
+            let problem = Problem::new(ProblemCode::InvalidInput, message);
+            return Err(problem.at("target", &target.name, expected));
         }
         if vm.status.state != VmState::Running {
             return Err(wrong_state(vm, "to migrate", "running"));
         }
         let target = choose(cluster, vm, &source, named)?;
-        let pool_uuid = |host: &Host| host.pool(&vm.spec.pool).map(|pool| pool.pool_uuid.clone());
-        let shared_pool = pool_uuid(&source).is_some() && pool_uuid(&source) == pool_uuid(&target);
         Ok(Plan {
             subject: vm.full_name(),
             summary: format!("move {} from host {} to host {}", vm.full_name(), source.name, target.name),
             record: MigrateVmRecord {
-                vm: vm.value.id.clone(),
-                source: source.value.id.clone(),
-                target: target.value.id.clone(),
-                pool: vm.spec.pool.clone(),
-                image: vm.spec.image.clone(),
-                shared_pool,
+                way: Way::between(cluster, vm, &source, &target),
                 bandwidth_bytes_per_second: wish.bandwidth_bytes_per_second,
                 spare_layers: (0..SPARE_LAYERS).map(|_| cluster.new_layer_id()).collect(),
-                began_at: cluster.clock.now(),
                 moved: None,
             },
             about: About::Vm(Arc::clone(vm)),
@@ -134,12 +130,32 @@ impl Workflow for MigrateVm {
     }
 
     fn target(record: &Self::Record) -> Option<(VmId, HostId)> {
-        Some((record.vm.clone(), record.target.clone()))
+        Some(record.way.at_target())
+    }
+}
+
+impl Way {
+    pub(super) fn between(cluster: &Cluster, vm: &Vm, source: &Row<Host>, target: &Row<Host>) -> Self {
+        let pool_uuid = |host: &Host| host.pool(&vm.spec.pool).map(|pool| pool.pool_uuid.clone());
+        Self {
+            vm: vm.id.clone(),
+            source: source.value.id.clone(),
+            target: target.value.id.clone(),
+            pool: vm.spec.pool.clone(),
+            image: vm.spec.image.clone(),
+            shared_pool: pool_uuid(source).is_some() && pool_uuid(source) == pool_uuid(target),
+            began_at: cluster.clock.now(),
+        }
+    }
+
+    /// The VM, and where it will be.
+    pub(super) fn at_target(&self) -> (VmId, HostId) {
+        (self.vm.clone(), self.target.clone())
     }
 }
 
 /// The named host, if it can take the VM, or the best that can.
-fn choose(
+pub(super) fn choose(
     cluster: &Cluster,
     vm: &Vm,
     source: &Row<Host>,
@@ -181,78 +197,43 @@ fn still_owing(cluster: &Cluster, vm: &Vm, host: &Row<Host>) -> Option<String> {
 }
 
 async fn fetch_image(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let MigrateVmRecord { image, target, pool, .. } = &run.record;
-    image::ensure(run, image, target, pool).await
+    fetch_image_to(run, &run.record.way).await
 }
 
 async fn admit(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let MigrateVmRecord { vm, source, target, shared_pool, .. } = &run.record;
-    let row = run.cluster.records.require::<Vm>(vm.as_str())?;
-    let mut definition = definition(&run.cluster, &row)?;
-    for forward in definition.spec.nics.iter_mut().flat_map(|nic| nic.forwards.iter_mut()) {
-        // The port on the source's host says nothing about the target's: any free one.
-        forward.host_port = 0;
-    }
-    let spec = TaskSpec::AdmitMigration {
-        migration: run.id().clone(),
-        definition,
-        source: source.clone(),
-        shared_pool: *shared_pool,
-    };
-    run.command(Command { host: target, vm: Some(vm), label: "admit", spec }).await?;
-    Ok(())
+    admit_to(run, &run.record.way, None).await
 }
 
 async fn refuse(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let MigrateVmRecord { vm, target, shared_pool, .. } = &run.record;
-    let spec = TaskSpec::RefuseMigration { migration: run.id().clone(), shared_pool: *shared_pool };
-    let command = Command { host: target, vm: Some(vm), label: "refuse", spec };
-    run.command_or_owe(command, "the migration to this host was given up").await
+    refuse_at(run, &run.record.way).await
 }
 
-/// Does nothing that could fail once the guest runs on the target: that is noted in the next step.
 async fn move_vm(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let record = run.record.clone();
-    let vm = &record.vm;
-    run.change_status(vm, |status| {
+    run.change_status(&run.record.way.vm, |status| {
         if status.state == VmState::Running {
             settle(status, VmState::Migrating);
         }
     })
     .await?;
-    let target = run.cluster.records.require::<Host>(record.target.as_str())?;
-    let spec = TaskSpec::MoveVm {
-        migration: run.id().clone(),
-        target: record.target.clone(),
-        target_address: target.address.clone(),
-        shared_pool: record.shared_pool,
-        bandwidth_bytes_per_second: record.bandwidth_bytes_per_second,
-        spare_layers: record.spare_layers.clone(),
+    let MigrateVmRecord { way, bandwidth_bytes_per_second, spare_layers, .. } = &run.record;
+    let sending = Sending {
+        bandwidth_bytes_per_second: *bandwidth_bytes_per_second,
+        spare_layers: spare_layers.clone(),
+        put_back: false,
     };
-    let command = Command { host: &record.source, vm: Some(vm), label: "move", spec };
-    let moved = tokio::select! {
-        answer = run.command_to_the_end(command) => match answer {
-            Ok(TaskOutput::Moved { report, top }) => Moved { report, top: Some(top) },
-            Ok(TaskOutput::HandedOver { report, top }) => {
-                hand_over::resolve(run, Moved { report, top: Some(top) }).await?
-            }
-            Ok(_) => return Err(Problem::new(ProblemCode::Internal, "the source moved and did not say what")),
-            Err(problem) => hand_over::after_failure(run, problem).await?,
-        },
-        moved = hand_over::seen_on_target(run) => moved,
-    };
+    let moved = move_along(run, way, sending).await?;
     run.record.moved = Some(moved);
     Ok(())
 }
 
 async fn stay(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    look(run, &run.record.vm, &run.record.source).await
+    look(run, &run.record.way.vm, &run.record.way.source).await
 }
 
 async fn record(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let MigrateVmRecord { vm, target, moved, .. } = &run.record;
-    run.change_status(vm, |status| {
-        status.host = Some(target.clone());
+    let MigrateVmRecord { way, moved, .. } = &run.record;
+    run.change_status(&way.vm, |status| {
+        status.host = Some(way.target.clone());
         if let Some(top) = moved.as_ref().and_then(|moved| moved.top.as_ref()) {
             status.top_layer = top.clone();
         }
@@ -263,8 +244,87 @@ async fn record(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
 }
 
 async fn forget_on_source(run: &mut Run<MigrateVm>) -> Result<(), Problem> {
-    let MigrateVmRecord { vm, source, pool, shared_pool, .. } = &run.record;
-    let spec = TaskSpec::DeleteVm { pool: pool.clone(), keep_files: *shared_pool };
-    let command = Command { host: source, vm: Some(vm), label: "forget", spec };
+    forget_at_source(run, &run.record.way).await
+}
+
+/// What the source is told beside the way.
+pub(super) struct Sending {
+    /// Most bytes a second; none: as the link takes.
+    pub(super) bandwidth_bytes_per_second: Option<u64>,
+    /// Ids for layers that have to be frozen on the way.
+    pub(super) spare_layers: Vec<LayerId>,
+    /// It is put back on the target, as that was told.
+    pub(super) put_back: bool,
+}
+
+/// The image is in the target's pool.
+pub(super) async fn fetch_image_to<W: Workflow>(run: &Run<W>, way: &Way) -> Result<(), Problem> {
+    image::ensure(run, &way.image, &way.target, &way.pool).await
+}
+
+/// The target expects the VM.
+pub(super) async fn admit_to<W: Workflow>(
+    run: &Run<W>,
+    way: &Way,
+    put_back: Option<PutBack>,
+) -> Result<(), Problem> {
+    let row = run.cluster.records.require::<Vm>(way.vm.as_str())?;
+    let mut definition = definition(&run.cluster, &row)?;
+    for forward in definition.spec.nics.iter_mut().flat_map(|nic| nic.forwards.iter_mut()) {
+        // The port on the source's host says nothing about the target's: any free one.
+        forward.host_port = 0;
+    }
+    let spec = TaskSpec::AdmitMigration {
+        migration: run.id().clone(),
+        definition,
+        source: way.source.clone(),
+        shared_pool: way.shared_pool,
+        put_back,
+    };
+    run.command(Command { host: &way.target, vm: Some(&way.vm), label: "admit", spec }).await?;
+    Ok(())
+}
+
+/// The target expects it no more.
+pub(super) async fn refuse_at<W: Workflow>(run: &Run<W>, way: &Way) -> Result<(), Problem> {
+    let spec = TaskSpec::RefuseMigration { migration: run.id().clone(), shared_pool: way.shared_pool };
+    let command = Command { host: &way.target, vm: Some(&way.vm), label: "refuse", spec };
+    run.command_or_owe(command, "the migration to this host was given up").await
+}
+
+/// Moves the VM. Does nothing that could fail once it is the target's.
+pub(super) async fn move_along<W: Workflow>(
+    run: &Run<W>,
+    way: &Way,
+    sending: Sending,
+) -> Result<Moved, Problem> {
+    let target = run.cluster.records.require::<Host>(way.target.as_str())?;
+    let spec = TaskSpec::MoveVm {
+        migration: run.id().clone(),
+        target: way.target.clone(),
+        target_address: target.address.clone(),
+        shared_pool: way.shared_pool,
+        bandwidth_bytes_per_second: sending.bandwidth_bytes_per_second,
+        spare_layers: sending.spare_layers,
+        put_back: sending.put_back,
+    };
+    let command = Command { host: &way.source, vm: Some(&way.vm), label: "move", spec };
+    tokio::select! {
+        answer = run.command_to_the_end(command) => match answer {
+            Ok(TaskOutput::Moved { report, top }) => Ok(Moved { report, top: Some(top) }),
+            Ok(TaskOutput::HandedOver { report, top }) => {
+                hand_over::resolve(run, way, Moved { report, top: Some(top) }).await
+            }
+            Ok(_) => Err(Problem::new(ProblemCode::Internal, "the source moved and did not say what")),
+            Err(problem) => hand_over::after_failure(run, way, problem).await,
+        },
+        moved = hand_over::seen_on_target(run, way) => Ok(moved),
+    }
+}
+
+/// Nothing of the VM is left on the source.
+pub(super) async fn forget_at_source<W: Workflow>(run: &Run<W>, way: &Way) -> Result<(), Problem> {
+    let spec = TaskSpec::DeleteVm { pool: way.pool.clone(), keep_files: way.shared_pool };
+    let command = Command { host: &way.source, vm: Some(&way.vm), label: "forget", spec };
     run.command_or_owe(command, "the VM has moved to another host").await
 }

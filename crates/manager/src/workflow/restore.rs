@@ -4,6 +4,9 @@
 //! panicked, because its QEMU is well. Restoring itself is one task of the agent. What became of it must be known before
 //! the operation can end, so a host that stops answering in the middle of it is waited for.
 //!
+//! **On another host** the VM moves there and is put back in one: the target makes the snapshot's machine ready while the VM
+//! is still what it is, and only then is it given away, by the same steps as in a migration ([`super::migration`]).
+//!
 //! When it fails, the agent has either touched nothing or left the VM stopped, on the disk that it had. In the second
 //! case the VM is put back to the undo snapshot, so that it goes on as it was, but for the moment in between; then
 //! the undo snapshot is removed again, too. It stays if the VM could not be put back to it: it is then all that is left of
@@ -11,7 +14,7 @@
 
 use std::sync::Arc;
 
-use berth_api::agent::{NextRestore, TaskOutput, TaskSpec};
+use berth_api::agent::{NextRestore, PutBack, TaskOutput, TaskSpec};
 use berth_api::manager::RestoreVm;
 use berth_model::host::Host;
 use berth_model::operation::{OperationKind, OperationResult};
@@ -20,9 +23,11 @@ use berth_model::vm::{GuestState, Vm, VmState};
 use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
+use super::migration::{self, Sending, Way};
 use super::snapshot::{Capture, drop_files, keep, take, unkeep};
 use super::verify::refuse_bad;
 use super::vm::{definition, look, reachable_host, settle};
+use crate::cluster::Cluster;
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
 use crate::quota::{self, Added};
@@ -44,6 +49,9 @@ pub struct RestoreRecord {
     undo: Option<Capture>,
     #[serde(default)]
     paused: bool,
+    /// To the host on which it is put back; none: it stays.
+    #[serde(default)]
+    way: Option<Way>,
     facts: RestoreFacts,
 }
 
@@ -53,8 +61,11 @@ impl Workflow for RestoreSnapshot {
     const DECIDES: bool = true;
     const STEPS: &'static [Step<Self>] = &[
         step!("undo-snapshot", take_undo, drop_undo),
+        step!("fetch-image", fetch_image),
+        step!("admit", admit, refuse),
         step!("restore", restore, go_back; no_return),
         step!("record", record),
+        step!("forget-on-source", forget_on_source),
     ];
 
     async fn check<'a>(desk: &'a Desk<'a>, request: &'a OperationRequest) -> Result<Plan<Self>, Problem> {
@@ -65,6 +76,7 @@ impl Workflow for RestoreSnapshot {
         if !wish.force {
             refuse_bad(&snapshot, "go back to another one, or to this one all the same with --force")?;
         }
+        let way = way_to(desk.cluster, vm, &host, wish)?;
         let running = matches!(vm.status.state, VmState::Running | VmState::Paused);
         let undo = if running && !wish.no_undo {
             // Whoever restores again and again must not fill what a segment may have: without an undo snapshot it
@@ -83,9 +95,15 @@ impl Workflow for RestoreSnapshot {
         };
         let first = if undo.is_some() { "take an undo snapshot and " } else { "" };
         let held = if wish.paused { " and hold it there" } else { "" };
+        let there = match &way {
+            Some(way) => {
+                format!(" on host {}", desk.cluster.records.require::<Host>(way.target.as_str())?.name)
+            }
+            None => String::new(),
+        };
         Ok(Plan {
             subject: vm.full_name(),
-            summary: format!("{first}put {} back to snapshot {}{held}", vm.full_name(), snapshot.name),
+            summary: format!("{first}put {} back to snapshot {}{there}{held}", vm.full_name(), snapshot.name),
             record: RestoreRecord {
                 vm: vm.value.id.clone(),
                 host: host.value.id.clone(),
@@ -95,6 +113,7 @@ impl Workflow for RestoreSnapshot {
                 back_top: desk.cluster.new_layer_id(),
                 undo,
                 paused: wish.paused,
+                way,
                 facts: RestoreFacts::default(),
             },
             about: About::Vm(Arc::clone(vm)),
@@ -109,6 +128,33 @@ impl Workflow for RestoreSnapshot {
             facts: record.facts.clone(),
         }
     }
+
+    fn skips(record: &Self::Record, step: &str) -> bool {
+        record.way.is_none() && matches!(step, "fetch-image" | "admit" | "forget-on-source")
+    }
+
+    fn target(record: &Self::Record) -> Option<(VmId, HostId)> {
+        record.way.as_ref().map(Way::at_target)
+    }
+}
+
+/// The way to the host that is wished for, if it is another one than the VM's.
+fn way_to(
+    cluster: &Cluster,
+    vm: &Row<Vm>,
+    source: &Row<Host>,
+    wish: &RestoreVm,
+) -> Result<Option<Way>, Problem> {
+    let Some(named) = wish.host.as_deref() else { return Ok(None) };
+    let target = cluster.records.find_host(named)?;
+    if target.value.id == source.value.id {
+        return Ok(None);
+    }
+    let target = migration::choose(cluster, vm, source, Some(target)).map_err(|mut problem| {
+        problem.field = problem.field.map(|_| "host".to_owned());
+        problem
+    })?;
+    Ok(Some(Way::between(cluster, vm, source, &target)))
 }
 
 /// The snapshot that a VM is to be put back to: the named one, its newest undo snapshot, or its baseline.
@@ -147,12 +193,15 @@ fn newest_undo(records: &Records, vm: &Row<Vm>) -> Result<Arc<Row<Snapshot>>, Pr
 async fn take_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     let Some(mut capture) = run.record.undo.clone() else { return Ok(()) };
     let row = run.cluster.records.require::<Vm>(run.record.vm.as_str())?;
-    let next = NextRestore {
-        definition: *definition(&run.cluster, &row)?,
-        snapshot: run.record.snapshot.clone(),
-        new_top: run.record.new_top.clone(),
+    let next = match &run.record.way {
+        Some(_) => None,
+        None => Some(Box::new(NextRestore {
+            definition: *definition(&run.cluster, &row)?,
+            snapshot: run.record.snapshot.clone(),
+            new_top: run.record.new_top.clone(),
+        })),
     };
-    let taken = take(run, &run.record.host, &capture, "undo-snapshot", Some(Box::new(next))).await;
+    let taken = take(run, &run.record.host, &capture, "undo-snapshot", next).await;
     capture.snapshot.facts = match taken {
         Ok(facts) => facts,
         Err(mut problem) => {
@@ -182,7 +231,44 @@ async fn drop_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     look(run, &run.record.vm, &run.record.host).await
 }
 
+async fn fetch_image(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    match &run.record.way {
+        Some(way) => migration::fetch_image_to(run, way).await,
+        None => Ok(()),
+    }
+}
+
+async fn admit(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    let RestoreRecord { snapshot, new_top, paused, way, .. } = &run.record;
+    let put_back = PutBack { snapshot: snapshot.clone(), new_top: new_top.clone(), paused: *paused };
+    match way {
+        Some(way) => migration::admit_to(run, way, Some(put_back)).await,
+        None => Ok(()),
+    }
+}
+
+async fn refuse(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    match &run.record.way {
+        Some(way) => migration::refuse_at(run, way).await,
+        None => Ok(()),
+    }
+}
+
+async fn forget_on_source(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    match &run.record.way {
+        Some(way) => migration::forget_at_source(run, way).await,
+        None => Ok(()),
+    }
+}
+
 async fn restore(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
+    if let Some(way) = &run.record.way {
+        let sending = Sending { bandwidth_bytes_per_second: None, spare_layers: Vec::new(), put_back: true };
+        let moved = migration::move_along(run, way, sending).await?;
+        run.record.facts.running_us = moved.report.total_ms.saturating_mul(1000);
+        run.record.facts.blackout_us = Some(moved.report.blackout_us);
+        return Ok(());
+    }
     let RestoreRecord { vm, host, snapshot, new_top, .. } = &run.record;
     let row = run.cluster.records.require::<Vm>(vm.as_str())?;
     let spec = TaskSpec::RestoreSnapshot {
@@ -233,7 +319,7 @@ async fn was_touched(run: &Run<RestoreSnapshot>, host: &HostId, vm: &VmId, new_t
 }
 
 async fn record(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    let RestoreRecord { vm, snapshot, has_memory, new_top, paused, .. } = &run.record;
+    let RestoreRecord { vm, snapshot, has_memory, new_top, paused, way, .. } = &run.record;
     let state = match (has_memory, paused) {
         (true, true) => VmState::Paused,
         (true, false) => VmState::Running,
@@ -242,6 +328,9 @@ async fn record(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     run.change_status(vm, |status| {
         status.at_snapshot = Some(snapshot.clone());
         status.top_layer = new_top.clone();
+        if let Some(way) = way {
+            status.host = Some(way.target.clone());
+        }
         settle(status, state);
         // What was known of the guest was of the one before.
         if *has_memory {

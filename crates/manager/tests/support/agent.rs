@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use berth_api::agent::{
-    AgentReport, MigrationSide, PutTask, Task, TaskOutput, TaskSpec, TaskState, VmDefinition, VmReport,
+    AgentReport, MigrationSide, PutBack, PutTask, Task, TaskOutput, TaskSpec, TaskState, VmDefinition,
+    VmReport,
 };
 use berth_api::transport::{Body, BoxFuture, full};
 use berth_api::{Client, Transport, TransportError};
@@ -62,6 +63,8 @@ pub struct Machine {
     pub generation: u64,
     /// The ports that were wished for when it was last started.
     pub wished: Vec<Vec<PortForward>>,
+    /// What it is put back to where it comes to.
+    pub put_back: Option<PutBack>,
     pool_uuid: String,
 }
 
@@ -706,6 +709,7 @@ impl FakeAgent {
             side: None,
             generation: 0,
             wished: Vec::new(),
+            put_back: None,
             pool_uuid: self.pool_uuid.clone(),
         }
     }

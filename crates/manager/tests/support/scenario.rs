@@ -1,8 +1,11 @@
 //! For each kind of operation a case in which it succeeds.
 
+use std::fmt;
+
 use berth_api::manager::{CloneSnapshot, CreateVm, ImportSnapshot, MigrateVm, RestoreVm};
 use berth_manager::cluster::Cluster;
-use berth_manager::operations::OperationRequest;
+use berth_manager::operations::step::StepInfo;
+use berth_manager::operations::{OperationRequest, steps_of};
 use berth_manager::records::{RepositoryKeysRow, Transaction};
 use berth_model::image::Image;
 use berth_model::operation::OperationKind;
@@ -13,11 +16,50 @@ use berth_model::{ImageId, RepositoryId, SnapshotId, VmId};
 
 use crate::world::{World, done, running_vm, wish};
 
+/// What is gone through: each kind of operation, and what goes another way within its kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Case {
+    pub kind: OperationKind,
+    /// A restore on another host.
+    pub elsewhere: bool,
+}
+
+impl Case {
+    pub fn all() -> impl Iterator<Item = Self> {
+        let plain = OperationKind::ALL.into_iter().map(Self::of);
+        plain.chain([Self { kind: OperationKind::SnapshotRestore, elsewhere: true }])
+    }
+
+    pub const fn of(kind: OperationKind) -> Self {
+        Self { kind, elsewhere: false }
+    }
+
+    /// The steps that have something to do in it.
+    pub fn steps(self) -> Vec<StepInfo> {
+        let mut steps = steps_of(self.kind);
+        if self == Self::of(OperationKind::SnapshotRestore) {
+            steps.retain(|step| !matches!(step.name, "fetch-image" | "admit" | "forget-on-source"));
+        }
+        steps
+    }
+
+    /// In this step the source needs the target and, on its own, gives up without it.
+    pub fn gives_up_alone(self, step: &str) -> bool {
+        (self.kind, step) == (OperationKind::VmMigrate, "move") || self.elsewhere && step == "restore"
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}{}", self.kind, if self.elsewhere { " elsewhere" } else { "" })
+    }
+}
+
 /// Prepares a case, and says what is to be asked for.
-pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> OperationRequest {
+pub async fn prepare(world: &World, cluster: &Cluster, case: Case) -> OperationRequest {
     // A second VM, which nothing may happen to.
     running_vm(cluster, "bystander").await;
-    match kind {
+    match case.kind {
         OperationKind::VmCreate => {
             // On the host that has still to fetch the image.
             let wish = CreateVm { host: Some("h2".to_owned()), ..wish("books") };
@@ -57,7 +99,8 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
         }
         OperationKind::SnapshotRestore => {
             let (vm, _) = one_of_two(cluster).await;
-            let wish = RestoreVm { snapshot: Some("first".to_owned()), no_undo: false, ..Default::default() };
+            let host = case.elsewhere.then(|| "h2".to_owned());
+            let wish = RestoreVm { snapshot: Some("first".to_owned()), host, ..RestoreVm::default() };
             OperationRequest::SnapshotRestore { vm, wish }
         }
         OperationKind::SnapshotClone => {
@@ -69,7 +112,7 @@ pub async fn prepare(world: &World, cluster: &Cluster, kind: OperationKind) -> O
             let (vm, snapshot) = one_of_two(cluster).await;
             OperationRequest::SnapshotVerify { vm, snapshot, boot: true }
         }
-        OperationKind::SnapshotExport | OperationKind::SnapshotImport => backup(cluster, kind).await,
+        OperationKind::SnapshotExport | OperationKind::SnapshotImport => backup(cluster, case.kind).await,
         OperationKind::SnapshotDelete => {
             let (vm, snapshot) = one_of_two(cluster).await;
             OperationRequest::SnapshotDelete { vm, snapshot }

@@ -2,23 +2,23 @@
 
 use std::sync::Arc;
 
+use berth_manager::operations::OperationRow;
 use berth_manager::operations::interfere::{Interference, Meddling};
-use berth_manager::operations::{OperationRow, steps_of};
-use berth_model::operation::{OperationKind, OperationState};
+use berth_model::operation::OperationState;
 
 use crate::faults::{Once, go, settle};
-use crate::scenario::prepare;
+use crate::scenario::{Case, prepare};
 use crate::world::{MortalStore, Pools, World, begin, quiet};
 
 /// Kills the manager after its `writes`th write; says what is there in the end, or nothing when it did not get so far.
 async fn killed_after(
-    kind: OperationKind,
+    case: Case,
     writes: usize,
     interference: Option<Arc<dyn Interference>>,
 ) -> Option<(String, String, Option<OperationState>)> {
     let world = World::new(Pools::Local).await;
     let first = world.manager_with_hosts().await;
-    let request = prepare(&world, &first, kind).await;
+    let request = prepare(&world, &first, case).await;
     quiet(&first).await;
     let before = world.digest(&first);
     let earlier: Vec<String> =
@@ -51,40 +51,40 @@ async fn killed_after(
 
 #[tokio::test(start_paused = true)]
 async fn an_operation_whose_manager_is_killed_at_any_write_is_finished_by_the_next() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
         let mut writes = 1;
-        while let Some((before, after, state)) = killed_after(kind, writes, None).await {
-            let case = format!("{kind} killed after write {writes}: {state:?}");
+        while let Some((before, after, state)) = killed_after(case, writes, None).await {
+            let what = format!("{case} killed after write {writes}: {state:?}");
             match state {
-                Some(OperationState::Succeeded) => assert_eq!(after, plain, "{case}"),
+                Some(OperationState::Succeeded) => assert_eq!(after, plain, "{what}"),
                 // Writes that are not the operation's may come before its first one.
-                None => assert_eq!(after, before, "{case}"),
-                Some(_) => panic!("{case}"),
+                None => assert_eq!(after, before, "{what}"),
+                Some(_) => panic!("{what}"),
             }
             writes += 1;
-            assert!(writes < 200, "{kind} never ends");
+            assert!(writes < 200, "{case} never ends");
         }
-        assert!(writes > 3, "{kind} writes down what it does");
+        assert!(writes > 3, "{case} writes down what it does");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_operation_whose_manager_is_killed_while_undoing_is_undone_by_the_next() {
-    for kind in OperationKind::ALL {
-        let Some(step) = steps_of(kind).into_iter().rfind(|step| step.has_undo) else { continue };
+    for case in Case::all() {
+        let Some(step) = case.steps().into_iter().rfind(|step| step.has_undo) else { continue };
         let mut writes = 1;
         loop {
-            let once = Once::new(kind, step.name, Meddling::FailBefore, Meddling::None);
-            let Some((before, after, state)) = killed_after(kind, writes, Some(once)).await else { break };
-            let case = format!("{kind} failing at '{}', killed after write {writes}: {state:?}", step.name);
+            let once = Once::new(case.kind, step.name, Meddling::FailBefore, Meddling::None);
+            let Some((before, after, state)) = killed_after(case, writes, Some(once)).await else { break };
+            let what = format!("{case} failing at '{}', killed after write {writes}: {state:?}", step.name);
             match state {
                 // Killed before the failure: the next manager has nobody who interferes.
                 Some(OperationState::Succeeded) => {}
-                Some(_) | None => assert_eq!(after, before, "{case}"),
+                Some(_) | None => assert_eq!(after, before, "{what}"),
             }
             writes += 1;
-            assert!(writes < 200, "{kind} never ends");
+            assert!(writes < 200, "{case} never ends");
         }
     }
 }

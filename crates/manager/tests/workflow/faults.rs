@@ -5,10 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use berth_manager::operations::interfere::{Interference, Meddling};
 use berth_manager::operations::step::StepInfo;
-use berth_manager::operations::steps_of;
 use berth_model::operation::{Operation, OperationKind, OperationState};
 
-use crate::scenario::prepare;
+use crate::scenario::{Case, prepare};
 use crate::world::{MortalStore, Pools, World, begin, over, quiet, until};
 
 /// Does something to a step, the first time that it comes by, and something to every undo.
@@ -52,10 +51,10 @@ pub struct Outcome {
 }
 
 /// A case of this kind from its beginning to its end, with somebody who interferes.
-pub async fn go(kind: OperationKind, pools: Pools, interference: Option<Arc<dyn Interference>>) -> Outcome {
+pub async fn go(case: Case, pools: Pools, interference: Option<Arc<dyn Interference>>) -> Outcome {
     let world = World::new(pools).await;
     let first = world.manager_with_hosts().await;
-    let request = prepare(&world, &first, kind).await;
+    let request = prepare(&world, &first, case).await;
     quiet(&first).await;
     let before = world.digest(&first);
     first.shutdown().await;
@@ -82,34 +81,34 @@ pub async fn settle(world: &World, cluster: &berth_manager::cluster::Cluster) {
     until(cluster, "the agents are idle", |_| asked.iter().all(|agent| agent.is_idle())).await;
 }
 
-fn steps(kind: OperationKind) -> Vec<StepInfo> {
-    let steps = steps_of(kind);
-    assert!(!steps.is_empty(), "{kind} has steps");
+fn steps(case: Case) -> Vec<StepInfo> {
+    let steps = case.steps();
+    assert!(!steps.is_empty(), "{case} has steps");
     steps
 }
 
 #[tokio::test(start_paused = true)]
 async fn every_workflow_succeeds_alike_when_each_step_is_done_twice() {
-    for kind in OperationKind::ALL {
+    for case in Case::all() {
         for pools in [Pools::Local, Pools::Shared] {
-            let plain = go(kind, pools, None).await;
-            assert_eq!(plain.operation.state, OperationState::Succeeded, "{kind}: {:?}", plain.operation);
-            let twice = go(kind, pools, Some(Arc::new(AllTwice))).await;
-            assert_eq!(twice.operation.state, OperationState::Succeeded, "{kind}: {:?}", twice.operation);
-            assert_eq!(plain.after, twice.after, "{kind} with {pools:?} pools");
+            let plain = go(case, pools, None).await;
+            assert_eq!(plain.operation.state, OperationState::Succeeded, "{case}: {:?}", plain.operation);
+            let twice = go(case, pools, Some(Arc::new(AllTwice))).await;
+            assert_eq!(twice.operation.state, OperationState::Succeeded, "{case}: {:?}", twice.operation);
+            assert_eq!(plain.after, twice.after, "{case} with {pools:?} pools");
             // A restart leaves everything as it was, and what an export does is in the repository.
-            let leaves = matches!(kind, OperationKind::VmRestart | OperationKind::SnapshotExport);
-            assert!(leaves || plain.before != plain.after, "{kind} did something");
+            let leaves = matches!(case.kind, OperationKind::VmRestart | OperationKind::SnapshotExport);
+            assert!(leaves || plain.before != plain.after, "{case} did something");
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_step_that_fails_leaves_everything_as_it_was_or_is_done_in_the_end() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
         let mut past_return = false;
-        for step in steps(kind) {
+        for step in steps(case) {
             for meddling in [Meddling::FailBefore, Meddling::FailAfter, Meddling::Panic] {
                 for undo in [Meddling::None, Meddling::Twice, Meddling::FailBefore, Meddling::FailAfter] {
                     // What was done and can't be taken back has not failed.
@@ -117,15 +116,15 @@ async fn a_step_that_fails_leaves_everything_as_it_was_or_is_done_in_the_end() {
                     if beyond || (past_return && undo != Meddling::None) {
                         continue;
                     }
-                    let once = Once::new(kind, step.name, meddling, undo);
-                    let end = go(kind, Pools::Local, Some(once)).await;
-                    let case = format!("{kind} with '{}' {meddling:?}, undo {undo:?}", step.name);
+                    let once = Once::new(case.kind, step.name, meddling, undo);
+                    let end = go(case, Pools::Local, Some(once)).await;
+                    let what = format!("{case} with '{}' {meddling:?}, undo {undo:?}", step.name);
                     if past_return {
-                        assert_eq!(end.operation.state, OperationState::Succeeded, "{case}");
-                        assert_eq!(end.after, plain, "{case}");
+                        assert_eq!(end.operation.state, OperationState::Succeeded, "{what}");
+                        assert_eq!(end.after, plain, "{what}");
                     } else {
-                        assert_eq!(end.operation.state, OperationState::Failed, "{case}");
-                        assert_eq!(end.after, end.before, "{case}");
+                        assert_eq!(end.operation.state, OperationState::Failed, "{what}");
+                        assert_eq!(end.after, end.before, "{what}");
                     }
                 }
             }

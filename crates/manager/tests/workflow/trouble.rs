@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use berth_manager::cluster::Cluster;
 use berth_manager::operations::interfere::{Interference, Meddling};
-use berth_manager::operations::steps_of;
 use berth_model::operation::{Operation, OperationKind, OperationState};
 use berth_model::{OperationId, ProblemCode};
 use tokio::sync::mpsc;
 
 use crate::agent::KINDS;
 use crate::faults::{go, settle};
-use crate::scenario::prepare;
+use crate::scenario::{Case, prepare};
 use crate::world::{MortalStore, Pools, World, begin, over, quiet};
 
 /// Says when a step is about to be done.
@@ -32,18 +31,18 @@ impl Interference for Announce {
 }
 
 /// Goes through a case, and makes trouble when it comes to this step.
-async fn troubled<F>(kind: OperationKind, step: &'static str, trouble: F) -> (Operation, String, String)
+async fn troubled<F>(case: Case, step: &'static str, trouble: F) -> (Operation, String, String)
 where
     F: AsyncFn(&World, &Arc<Cluster>, &OperationId),
 {
     let world = World::new(Pools::Local).await;
     let first = world.manager_with_hosts().await;
-    let request = prepare(&world, &first, kind).await;
+    let request = prepare(&world, &first, case).await;
     quiet(&first).await;
     let before = world.digest(&first);
     first.shutdown().await;
     let (at, mut announced) = mpsc::unbounded_channel();
-    let announce = Arc::new(Announce { kind, step, at });
+    let announce = Arc::new(Announce { kind: case.kind, step, at });
     let cluster = world.manager_on(MortalStore::immortal(&world.inner), Some(announce)).await;
     // The hosts stop at whatever they are asked from this step on, until they are let go.
     let begun = begin(&cluster, request).await.expect("a beginning").operation.expect("an operation");
@@ -71,9 +70,9 @@ fn release_all(world: &World) {
 
 #[tokio::test(start_paused = true)]
 async fn an_operation_that_is_cancelled_in_any_step_is_undone_or_past_it() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
-        for step in steps_of(kind) {
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
+        for step in case.steps() {
             let cancel = async |world: &World, cluster: &Arc<Cluster>, id: &OperationId| {
                 hold_all(world);
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -84,16 +83,16 @@ async fn an_operation_that_is_cancelled_in_any_step_is_undone_or_past_it() {
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 release_all(world);
             };
-            let (operation, before, after) = troubled(kind, step.name, cancel).await;
-            let case = format!("{kind} cancelled in '{}'", step.name);
+            let (operation, before, after) = troubled(case, step.name, cancel).await;
+            let what = format!("{case} cancelled in '{}'", step.name);
             match operation.state {
                 OperationState::Cancelled => {
-                    assert_eq!(after, before, "{case}");
+                    assert_eq!(after, before, "{what}");
                     let problem = operation.problem.expect("a reason");
-                    assert_eq!(problem.message, "cancelled by tester", "{case}");
+                    assert_eq!(problem.message, "cancelled by tester", "{what}");
                 }
-                OperationState::Succeeded => assert_eq!(after, plain, "{case}"),
-                state => panic!("{case}: {state:?}, {:?}", operation.problem),
+                OperationState::Succeeded => assert_eq!(after, plain, "{what}"),
+                state => panic!("{what}: {state:?}, {:?}", operation.problem),
             }
         }
     }
@@ -101,17 +100,17 @@ async fn an_operation_that_is_cancelled_in_any_step_is_undone_or_past_it() {
 
 #[tokio::test(start_paused = true)]
 async fn a_cancel_survives_the_manager_that_took_it() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
-        for step in steps_of(kind) {
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
+        for step in case.steps() {
             let world = World::new(Pools::Local).await;
             let first = world.manager_with_hosts().await;
-            let request = prepare(&world, &first, kind).await;
+            let request = prepare(&world, &first, case).await;
             quiet(&first).await;
             let before = world.digest(&first);
             first.shutdown().await;
             let (at, mut announced) = mpsc::unbounded_channel();
-            let announce = Arc::new(Announce { kind, step: step.name, at });
+            let announce = Arc::new(Announce { kind: case.kind, step: step.name, at });
             let second = world.manager_on(MortalStore::immortal(&world.inner), Some(announce)).await;
             begin(&second, request).await.expect("a beginning");
             let id = announced.recv().await.expect("the step comes");
@@ -127,11 +126,11 @@ async fn a_cancel_survives_the_manager_that_took_it() {
             quiet(&third).await;
             settle(&world, &third).await;
             world.check_whole(&third).await;
-            let case = format!("{kind} cancelled in '{}' of another manager: {operation:?}", step.name);
+            let what = format!("{case} cancelled in '{}' of another manager: {operation:?}", step.name);
             match operation.state {
-                OperationState::Cancelled => assert_eq!(world.digest(&third), before, "{case}"),
-                OperationState::Succeeded => assert_eq!(world.digest(&third), plain, "{case}"),
-                _ => panic!("{case}"),
+                OperationState::Cancelled => assert_eq!(world.digest(&third), before, "{what}"),
+                OperationState::Succeeded => assert_eq!(world.digest(&third), plain, "{what}"),
+                _ => panic!("{what}"),
             }
             third.shutdown().await;
         }
@@ -140,9 +139,9 @@ async fn a_cancel_survives_the_manager_that_took_it() {
 
 #[tokio::test(start_paused = true)]
 async fn an_operation_waits_for_hosts_that_stop_answering_in_any_step() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
-        for step in steps_of(kind) {
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
+        for step in case.steps() {
             let cut = async |world: &World, cluster: &Arc<Cluster>, id: &OperationId| {
                 world.net.agents().iter().for_each(|agent| agent.cut());
                 // Long enough for hosts to be offline and their VMs unknown.
@@ -152,34 +151,34 @@ async fn an_operation_waits_for_hosts_that_stop_answering_in_any_step() {
                 assert!(is_over || phase.starts_with("waiting for host h"), "{phase}");
                 world.net.agents().iter().for_each(|agent| agent.mend());
             };
-            let (operation, before, after) = troubled(kind, step.name, cut).await;
-            let case = format!("{kind} with hosts cut off in '{}': {:?}", step.name, operation.problem);
-            if (kind, step.name) == (OperationKind::VmMigrate, "move") {
+            let (operation, before, after) = troubled(case, step.name, cut).await;
+            let what = format!("{case} with hosts cut off in '{}': {:?}", step.name, operation.problem);
+            if case.gives_up_alone(step.name) {
                 // The source can't reach the target either, and goes on running the guest.
-                assert_eq!((operation.state, after), (OperationState::Failed, before), "{case}");
+                assert_eq!((operation.state, after), (OperationState::Failed, before), "{what}");
                 continue;
             }
-            assert_eq!(operation.state, OperationState::Succeeded, "{case}");
-            assert_eq!(after, plain, "{case}");
+            assert_eq!(operation.state, OperationState::Succeeded, "{what}");
+            assert_eq!(after, plain, "{what}");
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_operation_goes_on_after_agents_were_restarted_in_any_step() {
-    for kind in OperationKind::ALL {
-        let plain = go(kind, Pools::Local, None).await.after;
-        for step in steps_of(kind) {
+    for case in Case::all() {
+        let plain = go(case, Pools::Local, None).await.after;
+        for step in case.steps() {
             let restart = async |world: &World, _: &Arc<Cluster>, _: &OperationId| {
                 hold_all(world);
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 world.net.agents().iter().for_each(|agent| agent.restart());
                 release_all(world);
             };
-            let (operation, _, after) = troubled(kind, step.name, restart).await;
-            let case = format!("{kind} with agents restarted in '{}': {:?}", step.name, operation.problem);
-            assert_eq!(operation.state, OperationState::Succeeded, "{case}");
-            assert_eq!(after, plain, "{case}");
+            let (operation, _, after) = troubled(case, step.name, restart).await;
+            let what = format!("{case} with agents restarted in '{}': {:?}", step.name, operation.problem);
+            assert_eq!(operation.state, OperationState::Succeeded, "{what}");
+            assert_eq!(after, plain, "{what}");
         }
     }
 }
@@ -199,7 +198,7 @@ async fn an_operation_on_a_host_that_is_gone_can_be_cancelled_and_is_cleaned_up_
             assert!(!world.agent(1).machines().is_empty(), "the host that is gone still has it");
             world.agent(1).mend();
         };
-        let (operation, before, after) = troubled(kind, step, gone).await;
+        let (operation, before, after) = troubled(Case::of(kind), step, gone).await;
         assert_ne!(operation.state, OperationState::Succeeded, "{operation:?}");
         assert_eq!(after, before, "{kind}");
     }

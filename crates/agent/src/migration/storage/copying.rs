@@ -36,7 +36,9 @@ pub async fn copy_unchanging(
     link: &mut Link<FromTarget>,
 ) -> Result<(), Problem> {
     context.phase(MigrationPhase::Storage.as_str());
-    for spare in &order.spare_layers {
+    // What a VM that is put back has written since is not wanted there.
+    let spares = if order.put_back { &[][..] } else { &order.spare_layers };
+    for spare in spares {
         context.check_cancelled()?;
         if stored_bytes_of_tops(vm)? > TOP_BYTES_MAX {
             layers::freeze_tops(vm, spare).await?;

@@ -42,6 +42,25 @@ async fn a_restore_brings_back_no_class_no_protection_and_no_room() {
     assert_eq!(world.refused(&operator, "POST", restore, other).await, "not-allowed");
 }
 
+/// To put a VM back on another host is to move it as well.
+#[tokio::test]
+async fn a_restore_on_a_host_of_ones_choice_takes_the_right_to_move() {
+    let world = World::new().await;
+    let cluster = world.cluster();
+    let own = Some(&world.own.segment);
+    world::role(cluster, "restorer", &[Action::VmView, Action::SnapshotView, Action::SnapshotRestore]).await;
+    let (user, asks) = member(cluster, "ada", &[("restorer", own)]).await;
+    let restore = "/v1/vms/own%2Fthing/restore?dry_run=true";
+    let there = json!({"snapshot": "first", "host": "host-1"});
+    world.must(&asks, "POST", restore, json!({"snapshot": "first"})).await;
+    assert_eq!(world.refused(&asks, "POST", restore, there.clone()).await, "not-allowed");
+    world::role(cluster, "mover", &[Action::VmMigrate]).await;
+    give(cluster, &user, "mover", own, None).await;
+    world.must(&asks, "POST", restore, there).await;
+    let nowhere = json!({"snapshot": "first", "host": "host-9"});
+    assert_eq!(world.refused(&asks, "POST", restore, nowhere).await, "not-found");
+}
+
 /// Requests that name something foreign, and the same with something that is not there. A query of the path says
 /// `foreign`, which is put in place by the caller.
 fn pairs(world: &World) -> Vec<(&'static str, &'static str, Value, Value)> {

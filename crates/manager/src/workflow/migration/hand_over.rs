@@ -19,8 +19,8 @@ use berth_model::host::Host;
 use berth_model::migration::MigrationReport;
 use berth_model::{HostId, Problem};
 
-use super::{MigrateVm, Moved};
-use crate::operations::step::{Command, Run};
+use super::{Moved, Way};
+use crate::operations::step::{Command, Run, Workflow};
 
 /// How often a target is looked at while the source moves the VM to it.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -31,10 +31,9 @@ const SOURCE_MAY_TAKE: Duration = Duration::from_secs(15);
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// The source gave the VM away and does not know more: has the target run it, or has the source take it back.
-pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Moved, Problem> {
-    let record = run.record.clone();
+pub(super) async fn resolve<W: Workflow>(run: &Run<W>, way: &Way, moved: Moved) -> Result<Moved, Problem> {
     let migration = run.id().clone();
-    let (vm, source, target) = (Some(&record.vm), &record.source, &record.target);
+    let (vm, source, target) = (Some(&way.vm), &way.source, &way.target);
     run.phase("handed-over");
     let mut round = 0;
     loop {
@@ -45,19 +44,17 @@ pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Mo
             Ok(_) => return Ok(moved),
             Err(refusal) => refusal,
         };
-        match ask(run, target).await {
+        match ask(run, way, target).await {
             Ok(Some(report)) if owns(&report) => {
                 return Ok(Moved { top: report.top.or_else(|| moved.top.clone()), ..moved });
             }
             // It has what it was sent, and is told to throw that away; then it is asked again.
             Ok(Some(_)) => {
                 let label = format!("give-up-{round}");
-                let spec = TaskSpec::RefuseMigration {
-                    migration: migration.clone(),
-                    shared_pool: record.shared_pool,
-                };
+                let spec =
+                    TaskSpec::RefuseMigration { migration: migration.clone(), shared_pool: way.shared_pool };
                 let _ = run.insist(Command { host: target, vm, label: &label, spec }).await;
-                if !matches!(ask(run, target).await, Ok(None)) {
+                if !matches!(ask(run, way, target).await, Ok(None)) {
                     run.cluster.clock.sleep(AGAIN_AFTER).await;
                     continue;
                 }
@@ -80,35 +77,38 @@ pub(super) async fn resolve(run: &mut Run<MigrateVm>, moved: Moved) -> Result<Mo
 }
 
 /// The source says that it failed. That is so, unless its failure was in knowing.
-pub(super) async fn after_failure(run: &mut Run<MigrateVm>, problem: Problem) -> Result<Moved, Problem> {
-    let record = run.record.clone();
-    if let Ok(Some(report)) = ask(run, &record.target).await
+pub(super) async fn after_failure<W: Workflow>(
+    run: &Run<W>,
+    way: &Way,
+    problem: Problem,
+) -> Result<Moved, Problem> {
+    if let Ok(Some(report)) = ask(run, way, &way.target).await
         && owns(&report)
     {
-        return Ok(Moved { report: unmeasured(run), top: report.top });
+        return Ok(Moved { report: unmeasured(run, way), top: report.top });
     }
     let gave_away = matches!(
-        ask(run, &record.source).await.map(|report| report.and_then(|report| report.migration)),
+        ask(run, way, &way.source).await.map(|report| report.and_then(|report| report.migration)),
         Ok(Some(MigrationSide::Source { handed_over: true, .. }))
     );
     if gave_away {
-        let moved = Moved { report: unmeasured(run), top: None };
-        return resolve(run, moved).await;
+        let moved = Moved { report: unmeasured(run, way), top: None };
+        return resolve(run, way, moved).await;
     }
     Err(problem)
 }
 
 /// Done once the guest has been seen on the target and the source has had its time to say so itself: the source's
 /// host may be gone for good.
-pub(super) async fn seen_on_target(run: &Run<MigrateVm>) -> Moved {
+pub(super) async fn seen_on_target<W: Workflow>(run: &Run<W>, way: &Way) -> Moved {
     loop {
         run.cluster.clock.sleep(LOOK_EVERY).await;
-        let top = match ask(run, &run.record.target).await {
+        let top = match ask(run, way, &way.target).await {
             Ok(Some(report)) if owns(&report) => report.top,
             _ => continue,
         };
         run.cluster.clock.sleep(SOURCE_MAY_TAKE).await;
-        return Moved { report: unmeasured(run), top };
+        return Moved { report: unmeasured(run, way), top };
     }
 }
 
@@ -121,17 +121,17 @@ fn owns(report: &VmReport) -> bool {
 struct Silent;
 
 /// What a host says of the VM; none: it has nothing of it.
-async fn ask(run: &Run<MigrateVm>, host: &HostId) -> Result<Option<VmReport>, Silent> {
+async fn ask<W: Workflow>(run: &Run<W>, way: &Way, host: &HostId) -> Result<Option<VmReport>, Silent> {
     let host = run.cluster.records.get::<Host>(host.as_str()).ok_or(Silent)?;
-    run.cluster.agents.report_of(&host, &run.record.vm).await.map_err(|_| Silent)
+    run.cluster.agents.report_of(&host, &way.vm).await.map_err(|_| Silent)
 }
 
-fn unmeasured(run: &Run<MigrateVm>) -> MigrationReport {
+fn unmeasured<W: Workflow>(run: &Run<W>, way: &Way) -> MigrationReport {
     MigrationReport {
-        source: run.record.source.clone(),
-        target: run.record.target.clone(),
+        source: way.source.clone(),
+        target: way.target.clone(),
         phases: Vec::new(),
-        total_ms: run.cluster.clock.now().millis_since(run.record.began_at),
+        total_ms: run.cluster.clock.now().millis_since(way.began_at),
         blackout_us: 0,
         memory_bytes: 0,
         storage_bytes: 0,

@@ -13,8 +13,9 @@ impl FakeAgent {
         let done = Ok(TaskOutput::Done);
         let vm = || put.vm.clone().expect("a task about a VM names it");
         match &put.spec {
-            TaskSpec::AdmitMigration { migration, .. } => {
+            TaskSpec::AdmitMigration { migration, put_back, .. } => {
                 let machine = Machine {
+                    put_back: put_back.clone(),
                     process: Process::Incoming,
                     side: Some(MigrationSide::Target { migration: migration.clone(), loaded: false }),
                     generation: put.generation,
@@ -53,7 +54,9 @@ impl FakeAgent {
                     Some(machine)
                         if machine.side
                             == Some(MigrationSide::Target { migration: migration.clone(), loaded: true })
-                            && machine.process == Process::Incoming =>
+                            && machine.process == Process::Incoming
+                            // The machine of a snapshot went with the connection.
+                            && machine.put_back.is_none() =>
                     {
                         machine.process = Process::Running;
                         machine.side = None;
@@ -78,7 +81,9 @@ impl FakeAgent {
         mut cancel: watch::Receiver<bool>,
         task: &watch::Sender<Task>,
     ) -> Result<TaskOutput, Problem> {
-        let TaskSpec::MoveVm { migration, target, shared_pool, .. } = put.spec else { unreachable!() };
+        let TaskSpec::MoveVm { migration, target, shared_pool, put_back, .. } = put.spec else {
+            unreachable!()
+        };
         let vm = put.vm.expect("a task about a VM names it");
         let target = self.net().agent(&target);
         let report = self.measured(&target);
@@ -91,10 +96,13 @@ impl FakeAgent {
                 false => Ok(TaskOutput::HandedOver { report, top }),
             };
         }
-        if machine.process != Process::Running {
+        if machine.process != Process::Running && !put_back {
             return Err(Problem::new(ProblemCode::WrongState, "the guest does not run here"));
         }
-        self.set_side(&vm, Some(MigrationSide::Source { migration: migration.clone(), handed_over: false }));
+        self.set_side(
+            &vm,
+            Some(MigrationSide::Source { migration: migration.clone(), handed_over: false, held: false }),
+        );
         for round in 1..=3 {
             let progress = Progress { phase: "warm-up".to_owned(), round, ..Progress::default() };
             task.send_modify(|task| {
@@ -114,7 +122,7 @@ impl FakeAgent {
                 return Err(Problem::new(ProblemCode::Unreachable, "the target does not answer"));
             }
         }
-        if self.machine(&vm).is_none_or(|machine| machine.process != Process::Running) {
+        if !put_back && self.machine(&vm).is_none_or(|machine| machine.process != Process::Running) {
             self.set_side(&vm, None);
             return Err(Problem::new(ProblemCode::Hypervisor, "the source's QEMU died"));
         }
@@ -135,7 +143,8 @@ impl FakeAgent {
             target.pool(|pool| pool.vms.insert(vm.clone(), files));
         }
         target.set_side(vm, Some(MigrationSide::Target { migration: migration.clone(), loaded: true }));
-        let given = Some(MigrationSide::Source { migration: migration.clone(), handed_over: true });
+        let given =
+            Some(MigrationSide::Source { migration: migration.clone(), handed_over: true, held: false });
         if let Some(machine) = self.lock().vms.get_mut(vm) {
             machine.process = Process::GivenAway;
             machine.side = given;
@@ -150,8 +159,14 @@ impl FakeAgent {
             Some(MoveScript::LostAfterCommit) | None => {}
         }
         let guest = self.lock().guests_are;
+        let put_back = target.machine(vm).and_then(|machine| machine.put_back);
+        if let Some(put_back) = &put_back {
+            target.pool(|pool| pool.vms.get_mut(vm).map(|files| files.top = put_back.new_top.clone()));
+        }
         if let Some(machine) = target.lock().vms.get_mut(vm) {
-            machine.process = Process::Running;
+            let stands = put_back.is_some_and(|put_back| put_back.paused);
+            machine.process = if stands { Process::Paused } else { Process::Running };
+            machine.put_back = None;
             machine.guest = guest;
             machine.side = None;
         }
