@@ -18,15 +18,15 @@ use berth_api::agent::{TaskOutput, TaskSpec};
 use berth_api::manager::{CloneSnapshot as Wish, CreateVm, NewNic};
 use berth_model::image::Image;
 use berth_model::operation::{OperationKind, OperationResult};
-use berth_model::snapshot::{CloneFacts, Snapshot, SnapshotExtent, SnapshotKind};
+use berth_model::snapshot::{CloneFacts, Snapshot};
 use berth_model::vm::{Nic, PortForward, Vm, VmState};
 use berth_model::{HostId, Problem, ProblemCode, SnapshotId, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::create::{NewVm, new_vm};
-use super::snapshot::{BASELINE_NAME, Capture, keep, unkeep};
+use super::snapshot::{Capture, keep_first, unkeep_first};
 use super::verify::refuse_bad;
-use super::vm::{definition, first_layer, forget_vm, reachable_host, settle, wrong_state};
+use super::vm::{definition, forget_vm, reachable_host, wrong_state};
 use crate::cluster::Cluster;
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
@@ -175,21 +175,7 @@ fn first(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot) -> Captur
     } else {
         "what it was made from".to_owned()
     };
-    let snapshot = Snapshot {
-        id: cluster.new_snapshot_id(),
-        vm: vm.id.clone(),
-        name: BASELINE_NAME.parse().expect("a good name"),
-        kind: SnapshotKind::Baseline,
-        occasion: None,
-        parent: None,
-        pinned: true,
-        note,
-        created_at: cluster.clock.now(),
-        expires_at: None,
-        verified: None,
-        ..snapshot.clone()
-    };
-    Capture { snapshot, new_top: first_layer(&vm.id), extent: SnapshotExtent::Machine }
+    Capture::first_of(cluster, vm, note, snapshot.facts.clone())
 }
 
 fn summary(cluster: &Cluster, vm: &Vm, origin: &Vm, snapshot: &Snapshot, goes_on: bool) -> String {
@@ -253,17 +239,9 @@ async fn remove(run: &mut Run<CloneSnapshot>) -> Result<(), Problem> {
 }
 
 async fn keep_snapshot(run: &mut Run<CloneSnapshot>) -> Result<(), Problem> {
-    if let Some(first) = &run.record.first {
-        keep(run, first).await?;
-    }
-    let state = run.record.state;
-    run.change_status(&run.record.vm, |status| settle(status, state)).await?;
-    Ok(())
+    keep_first(run, &run.record.vm, run.record.first.as_ref(), run.record.state).await
 }
 
 async fn unkeep_snapshot(run: &mut Run<CloneSnapshot>) -> Result<(), Problem> {
-    match &run.record.first {
-        Some(first) => unkeep(run, &first.snapshot).await,
-        None => Ok(()),
-    }
+    unkeep_first(run, run.record.first.as_ref()).await
 }

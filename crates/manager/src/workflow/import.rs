@@ -15,7 +15,7 @@ use berth_model::image::{Image, ImageState};
 use berth_model::name::Name;
 use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::repository::{BackupContents, ImportFacts, Repository};
-use berth_model::snapshot::{CloneFacts, Snapshot, SnapshotExtent, SnapshotKind};
+use berth_model::snapshot::CloneFacts;
 use berth_model::vm::{Nic, Vm, VmState};
 use berth_model::{HostId, Problem, ProblemCode, RepositoryId, SegmentId, VmId};
 use serde::{Deserialize, Serialize};
@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use super::clone::nic_like;
 use super::create::{NewVm, new_vm_on};
 use super::export::access;
-use super::snapshot::{BASELINE_NAME, Capture, keep, unkeep};
-use super::vm::{definition, first_layer, forget_vm, settle};
+use super::snapshot::{Capture, keep_first, unkeep_first};
+use super::vm::{definition, forget_vm};
 use crate::cluster::Cluster;
 use crate::http::image::check as check_image;
 use crate::operations::OperationRequest;
@@ -224,21 +224,8 @@ fn as_wish(cluster: &Cluster, contents: &BackupContents, wish: &Wish) -> CreateV
 /// The snapshot as the VM's own, which is its baseline.
 fn first(cluster: &Cluster, vm: &Vm, contents: &BackupContents) -> Capture {
     let then = &contents.snapshot;
-    let snapshot = Snapshot {
-        id: cluster.new_snapshot_id(),
-        vm: vm.id.clone(),
-        name: BASELINE_NAME.parse().expect("a good name"),
-        kind: SnapshotKind::Baseline,
-        occasion: None,
-        parent: None,
-        pinned: true,
-        note: format!("snapshot {} of {}, from a backup", then.name, contents.vm),
-        facts: then.facts.clone(),
-        created_at: cluster.clock.now(),
-        expires_at: None,
-        verified: None,
-    };
-    Capture { snapshot, new_top: first_layer(&vm.id), extent: SnapshotExtent::Machine }
+    let note = format!("snapshot {} of {}, from a backup", then.name, contents.vm);
+    Capture::first_of(cluster, vm, note, then.facts.clone())
 }
 
 /// The records were written in the transaction that began the operation.
@@ -351,19 +338,11 @@ async fn remove(run: &mut Run<ImportSnapshot>) -> Result<(), Problem> {
 }
 
 async fn keep_snapshot(run: &mut Run<ImportSnapshot>) -> Result<(), Problem> {
-    if let Some(first) = &run.record.first {
-        keep(run, first).await?;
-    }
-    let state = run.record.state;
-    run.change_status(&run.record.vm, |status| settle(status, state)).await?;
-    Ok(())
+    keep_first(run, &run.record.vm, run.record.first.as_ref(), run.record.state).await
 }
 
 async fn unkeep_snapshot(run: &mut Run<ImportSnapshot>) -> Result<(), Problem> {
-    match &run.record.first {
-        Some(first) => unkeep(run, &first.snapshot).await,
-        None => Ok(()),
-    }
+    unkeep_first(run, run.record.first.as_ref()).await
 }
 
 fn astray() -> Problem {

@@ -231,34 +231,28 @@ async fn drop_undo(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
     look(run, &run.record.vm, &run.record.host).await
 }
 
+/// The way to another host, for the steps that there are for no other restore.
+fn way(record: &RestoreRecord) -> Result<&Way, Problem> {
+    let none = || Problem::new(ProblemCode::Internal, "a restore that stays was to move");
+    record.way.as_ref().ok_or_else(none)
+}
+
 async fn fetch_image(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    match &run.record.way {
-        Some(way) => migration::fetch_image_to(run, way).await,
-        None => Ok(()),
-    }
+    migration::fetch_image_to(run, way(&run.record)?).await
 }
 
 async fn admit(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    let RestoreRecord { snapshot, new_top, paused, way, .. } = &run.record;
+    let RestoreRecord { snapshot, new_top, paused, .. } = &run.record;
     let put_back = PutBack { snapshot: snapshot.clone(), new_top: new_top.clone(), paused: *paused };
-    match way {
-        Some(way) => migration::admit_to(run, way, Some(put_back)).await,
-        None => Ok(()),
-    }
+    migration::admit_to(run, way(&run.record)?, Some(put_back)).await
 }
 
 async fn refuse(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    match &run.record.way {
-        Some(way) => migration::refuse_at(run, way).await,
-        None => Ok(()),
-    }
+    migration::refuse_at(run, way(&run.record)?).await
 }
 
 async fn forget_on_source(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {
-    match &run.record.way {
-        Some(way) => migration::forget_at_source(run, way).await,
-        None => Ok(()),
-    }
+    migration::forget_at_source(run, way(&run.record)?).await
 }
 
 async fn restore(run: &mut Run<RestoreSnapshot>) -> Result<(), Problem> {

@@ -11,10 +11,10 @@ use berth_model::operation::{OperationKind, OperationResult};
 use berth_model::snapshot::{DeletionFacts, Snapshot, SnapshotExtent, SnapshotFacts, SnapshotKind};
 use berth_model::verification;
 use berth_model::vm::{Vm, VmState};
-use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp};
+use berth_model::{HostId, LayerId, Problem, ProblemCode, SnapshotId, Timestamp, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::vm::{reachable_host, wrong_state};
+use super::vm::{first_layer, reachable_host, settle, wrong_state};
 use crate::cluster::Cluster;
 use crate::operations::OperationRequest;
 use crate::operations::step::{About, Command, Desk, Plan, Run, Step, Workflow, step, wrong_request};
@@ -146,6 +146,25 @@ impl Capture {
         };
         Ok(Self { snapshot, new_top: cluster.new_layer_id(), extent: SnapshotExtent::Machine })
     }
+
+    /// The snapshot that a new VM is made of, as that VM's own, which is its baseline.
+    pub(super) fn first_of(cluster: &Cluster, vm: &Vm, note: String, facts: SnapshotFacts) -> Self {
+        let snapshot = Snapshot {
+            id: cluster.new_snapshot_id(),
+            vm: vm.id.clone(),
+            name: BASELINE_NAME.parse().expect("a good name"),
+            kind: SnapshotKind::Baseline,
+            occasion: None,
+            parent: None,
+            pinned: true,
+            note,
+            facts,
+            created_at: cluster.clock.now(),
+            expires_at: None,
+            verified: None,
+        };
+        Self { snapshot, new_top: first_layer(&vm.id), extent: SnapshotExtent::Machine }
+    }
 }
 
 /// A name made of the time; of the id as well, should the clock have been set back.
@@ -239,6 +258,28 @@ pub(super) async fn unkeep<W: Workflow>(run: &Run<W>, snapshot: &Snapshot) -> Re
         Some(())
     })
     .await
+}
+
+/// Records how a VM is that was made of a snapshot, and that snapshot as its own; none: it began from its disk.
+pub(super) async fn keep_first<W: Workflow>(
+    run: &Run<W>,
+    vm: &VmId,
+    first: Option<&Capture>,
+    state: VmState,
+) -> Result<(), Problem> {
+    if let Some(first) = first {
+        keep(run, first).await?;
+    }
+    run.change_status(vm, |status| settle(status, state)).await?;
+    Ok(())
+}
+
+/// Takes that back.
+pub(super) async fn unkeep_first<W: Workflow>(run: &Run<W>, first: Option<&Capture>) -> Result<(), Problem> {
+    match first {
+        Some(first) => unkeep(run, &first.snapshot).await,
+        None => Ok(()),
+    }
 }
 
 /// Changes a VM and one of its snapshots in one transaction; `change` answers none when there is nothing to do.
