@@ -16,11 +16,11 @@ use tokio_util::sync::CancellationToken;
 use super::arrival::{self, NotRunning};
 use super::journey::Journey;
 use super::link::Link;
-use super::marker::{Deed, Marker};
-use super::source::{Order, SLOW_ANSWER_TIMEOUT, answer, begin, hand_over, now_us, top_of};
-use super::target::{Admission, COMMIT_TIMEOUT, next, settle_in, unexpected};
+use super::source::{
+    Order, SLOW_ANSWER_TIMEOUT, answer, begin, given, hand_over, now_us, prepare_marker, top_of,
+};
+use super::target::{Admission, COMMIT_TIMEOUT, may_run, next, settle_in, unexpected};
 use super::wire::{FromSource, FromTarget};
-use crate::durable::blocking;
 use crate::layout::VmRecord;
 use crate::snapshot::archive;
 use crate::snapshot::restore::{self, Target};
@@ -46,8 +46,7 @@ pub(super) async fn leave(
     let waiting = |message: &FromTarget| matches!(message, FromTarget::Waiting);
     answer(&mut link.messages, SLOW_ANSWER_TIMEOUT, "a machine that waits", waiting).await?;
     context.check_cancelled()?;
-    let state = vm.dirs()?.state.clone();
-    let marker = blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await?;
+    let marker = prepare_marker(vm).await?;
     let top = top_of(vm)?;
     let stopped_us = hold(vm).await?;
     journey.step(MigrationEvent::GuestStopped);
@@ -57,14 +56,7 @@ pub(super) async fn leave(
         journey.step(MigrationEvent::GuestRunning);
     }
     let report = journey.report(vm, order, &link.sender, stopped_us, running);
-    if running.is_none() {
-        return Ok(TaskOutput::HandedOver { report, top });
-    }
-    if let Err(problem) = vm.end_process().await {
-        // It is stopped, and the marker keeps it so.
-        tracing::warn!(vm = %vm.id(), %problem, "the process of a VM that has moved stays behind");
-    }
-    Ok(TaskOutput::Moved { report, top })
+    Ok(given(vm, report, top, running.is_some()).await)
 }
 
 /// Sees to it that the guest does not run here; since when, by our clock in microseconds, if it did.
@@ -134,9 +126,7 @@ pub(super) async fn arrive(
         }
         Err(NotRunning::Never(problem)) => return Err(problem),
         Err(NotRunning::Perhaps(problem)) => {
-            tracing::error!(vm = %vm.id(), %problem, "it was told to run, and did not say that it does");
-            let _ = link.sender.say(&FromTarget::Failed { problem }).await;
-            vm.status().process_rests();
+            may_run(vm, link, problem).await;
             None
         }
     };

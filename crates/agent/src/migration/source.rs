@@ -134,8 +134,7 @@ async fn run(
 ) -> Result<TaskOutput, Problem> {
     let mut link = begin(vm, context, order, journey).await?;
     let mut tops = launch_target(vm, order, &mut link).await?;
-    let state = vm.dirs()?.state.clone();
-    let marker = blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await?;
+    let marker = prepare_marker(vm).await?;
     let mut outgoing = start_sending(vm, order, &mut link).await?;
     let writable = layers::top_files(vm.dirs()?, &vm.disks()?);
     let stopped = warm_up(&mut outgoing, context, &mut link, tops.as_mut(), &writable).await;
@@ -161,14 +160,30 @@ async fn run(
     let stopped_us = outgoing.stopped_at().map(berth_qmp::HostTime::epoch_us);
     let report = journey.report(vm, order, &link.sender, stopped_us, running);
     let report = MigrationReport { rounds: outgoing.passes(), ..report };
-    if running.is_none() {
-        return Ok(TaskOutput::HandedOver { report, top });
+    Ok(given(vm, report, top, running.is_some()).await)
+}
+
+/// The marker that says that the VM was given away. To be prepared while the guest runs: it waits for the disk.
+pub(super) async fn prepare_marker(vm: &VmRuntime) -> Result<Marker, Problem> {
+    let state = vm.dirs()?.state.clone();
+    blocking(move || Ok(Marker::prepare(&state, Deed::GivenAway)?)).await
+}
+
+/// What there is to say of a VM that was given away. What is left of it here is ended, if it is known to run there.
+pub(super) async fn given(
+    vm: &mut VmRuntime,
+    report: MigrationReport,
+    top: LayerId,
+    runs_there: bool,
+) -> TaskOutput {
+    if !runs_there {
+        return TaskOutput::HandedOver { report, top };
     }
     if let Err(problem) = vm.end_process().await {
         // It is stopped, has let go of the disk, and the marker keeps it so.
         tracing::warn!(vm = %vm.id(), %problem, "the process of a VM that has moved stays behind");
     }
-    Ok(TaskOutput::Moved { report, top })
+    TaskOutput::Moved { report, top }
 }
 
 /// Up to where the target has all that does not change.

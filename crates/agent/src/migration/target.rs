@@ -171,12 +171,18 @@ async fn commit(
         }
         Err(NotRunning::Never(problem)) => return Err(problem),
         Err(NotRunning::Perhaps(problem)) => {
-            tracing::error!(vm = %vm.id(), %problem, "it was told to run, and did not say that it does");
-            let _ = link.sender.say(&FromTarget::Failed { problem }).await;
-            vm.status().process_rests();
+            may_run(vm, link, problem).await;
         }
     }
     settle_in(vm).await
+}
+
+/// The guest was told to run, and it is not known whether it does: the VM is this host's, with what there is of it.
+pub(super) async fn may_run(vm: &VmRuntime, link: &Link<FromSource>, problem: Problem) {
+    tracing::error!(vm = %vm.id(), %problem, "it was told to run, and did not say that it does");
+    // Whether the source still hears of it changes nothing.
+    let _ = link.sender.say(&FromTarget::Failed { problem }).await;
+    vm.status().process_rests();
 }
 
 /// The VM is this host's: the migration is over, and the network is told where it is.
