@@ -1,10 +1,15 @@
 //! What the stories share.
 
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
+use crate::process::wait_until;
 use crate::{Berth, Cluster, Guest, UpOptions};
+
+/// How long a guest may take to answer. Longer helps nobody: a machine so slow fails elsewhere.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where a VM's disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,4 +48,31 @@ pub fn up(folder: &Path, hosts: u32) -> Result<Cluster> {
 /// When it is not made or not ready.
 pub fn guest_in(cluster: &Cluster, name: &str, pool: Pool) -> Result<Guest> {
     cluster.create_guest(name, "probe", &["--memory", "192MiB", "--disk", "256MiB", "--pool", pool.name()])
+}
+
+/// A guest as soon as it answers.
+///
+/// # Errors
+/// When it does not, with how its VM is.
+pub fn answering(cluster: &Cluster, name: &str) -> Result<Guest> {
+    let mut found = None;
+    wait_until(ANSWER_LIMIT, &format!("{name} to answer"), || {
+        let guest = cluster.guest(name)?;
+        if guest.probe.tick_within(Duration::from_millis(500)).is_ok() {
+            found = Some(guest);
+        }
+        Ok(found.is_some())
+    })
+    .with_context(|| format!("{:#}", cluster.vm(name).unwrap_or_default()["status"]))?;
+    found.context("it answered")
+}
+
+/// Waits until a guest answers, and sees that everything in it is right and it has so many files.
+///
+/// # Errors
+/// When it does not answer, something is wrong, or there are more or fewer.
+pub fn has_files(cluster: &Cluster, name: &str, files: u64) -> Result<()> {
+    let seen = answering(cluster, name)?.verify()?;
+    ensure!(seen.files == files, "{name} has {} files, not {files}", seen.files);
+    Ok(())
 }

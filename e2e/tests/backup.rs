@@ -7,9 +7,9 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use berth_e2e::process::wait_until;
-use berth_e2e::testing::{Pool, guest_in, up};
-use berth_e2e::{Cluster, Console, Guest};
+use berth_e2e::process::{Process, wait_until, with_words};
+use berth_e2e::testing::{Pool, answering, guest_in, up};
+use berth_e2e::{Cluster, Console};
 use guest_probe::memory::{Rewrite, Settings};
 use serde_json::Value;
 
@@ -18,14 +18,6 @@ const WORK: Settings = Settings { memory_mib: 48, rate_mib_s: 1, hot_mib: 0, rew
 const FOUND: &str = "echo found-$(ls -d /sys/firmware/efi /dev/tpm0 | wc -l)";
 const LIMIT: Duration = Duration::from_secs(120);
 const PASSWORD: &str = "hunter2-and-more";
-
-fn answering(cluster: &Cluster, name: &str) -> Result<Guest> {
-    let guest = cluster.guest(name)?;
-    wait_until(LIMIT, &format!("{name} to answer"), || {
-        Ok(guest.probe.tick_within(Duration::from_millis(500)).is_ok())
-    })?;
-    Ok(guest)
-}
 
 /// A file with the password, and the words that make a repository in this directory known.
 fn known(cluster: &Cluster, folder: &Path, more: &[&str]) -> Result<Value> {
@@ -368,5 +360,103 @@ fn backups_go_over_ssh_to_a_machine_that_is_known_and_no_other() -> Result<()> {
     restic(folder.path(), &["check", "--read-data"])?;
     cluster.berth.run(&["snapshot", "import", "default/books", "--repository", "nas", "--name", "again"])?;
     answering(&cluster, "again")?.verify()?;
+    cluster.down()
+}
+
+/// The process that works on a repository for an agent of this cluster, once there is one.
+fn worker_of(cluster: &Cluster) -> Result<Process> {
+    let directory = cluster.dir().display().to_string();
+    let mut found = None;
+    wait_until(LIMIT, "a process that works on the repository", || {
+        // Where it may leave things for a moment is its agent's own directory.
+        let is_ours = |process: &Process| {
+            let environment = std::fs::read(format!("/proc/{}/environ", process.pid)).unwrap_or_default();
+            String::from_utf8_lossy(&environment).contains(&directory)
+        };
+        found = with_words(&["backup-worker"]).into_iter().find(is_ours);
+        Ok(found.is_some())
+    })?;
+    found.context("no process")
+}
+
+/// Waits until all hosts are online and nothing is under way.
+fn settle(cluster: &Cluster) -> Result<()> {
+    wait_until(LIMIT, "everything to settle", || {
+        let Ok(hosts) = cluster.berth.attempt(&["host", "list"])? else { return Ok(false) };
+        let Ok(operations) = cluster.berth.attempt(&["operation", "list", "--active"])? else {
+            return Ok(false);
+        };
+        let online = hosts.as_array().into_iter().flatten().all(|host| host["state"] == "online");
+        let items = operations.as_array().or_else(|| operations["items"].as_array());
+        Ok(online && items.is_some_and(Vec::is_empty))
+    })
+}
+
+/// Asks for something, and kills what is named, after so many milliseconds; none: what works on the repository.
+fn killed_while(cluster: &Cluster, words: &[&str], victim: Option<&str>, after_ms: u64) -> Result<()> {
+    cluster.berth.run(&[words, &["--no-wait"]].concat())?;
+    match victim {
+        Some(name) => {
+            std::thread::sleep(Duration::from_millis(after_ms));
+            cluster.daemon(name)?.kill()?;
+            cluster.restart_dead()?;
+        }
+        None => worker_of(cluster)?.kill()?,
+    }
+    settle(cluster).with_context(|| format!("{words:?} with {victim:?} killed after {after_ms} ms"))
+}
+
+const KILLS: [(Option<&str>, u64); 9] = [
+    (None, 0),
+    (Some("manager"), 0),
+    (Some("manager"), 400),
+    (Some("manager"), 1500),
+    (Some("h1"), 0),
+    (Some("h1"), 200),
+    (Some("h1"), 600),
+    (Some("h1"), 1200),
+    (Some("h1"), 2500),
+];
+
+#[test]
+fn whoever_is_killed_a_backup_is_whole_or_not_there_and_so_is_its_vm() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let place = tempfile::tempdir()?;
+    let cluster = up(place.path(), 1)?;
+    let guest = guest_in(&cluster, "books", Pool::Shared)?;
+    guest.probe.write(5)?;
+    known(&cluster, folder.path(), &["--init"])?;
+    let pools = place.path().join("cluster/pools");
+    let backups = || -> Result<usize> {
+        let listed = cluster.berth.run(&["repository", "snapshots", "offsite"])?;
+        Ok(listed.as_array().or_else(|| listed["backups"].as_array()).map_or(0, Vec::len))
+    };
+    for (number, (victim, after_ms)) in KILLS.into_iter().enumerate() {
+        let name = format!("kept-{number}");
+        cluster.berth.run(&["snapshot", "create", "books", "--name", &name])?;
+        let before = backups()?;
+        let export = ["snapshot", "export", "books", &name, "--repository", "offsite"];
+        killed_while(&cluster, &export, victim, after_ms)?;
+        let added = backups()? - before;
+        eprintln!("export {number}, {victim:?} killed after {after_ms} ms: {added} added");
+        ensure!(added <= 1 && !any_staged(&pools)?, "{added} backups, or something staged");
+    }
+    cluster.berth.run(&["snapshot", "export", "books", "kept-0", "--repository", "offsite"])?;
+    restic(folder.path(), &["unlock"])?;
+    restic(folder.path(), &["check", "--read-data"])?;
+    ensure!(guest.verify()?.files == 5, "exports do nothing to the VM");
+    for (number, (victim, after_ms)) in KILLS.into_iter().enumerate() {
+        let name = format!("again-{number}");
+        let import =
+            ["snapshot", "import", "default/books/kept-0", "--repository", "offsite", "--name", &name];
+        killed_while(&cluster, &import, victim, after_ms)?;
+        let made = cluster.vm(&name).is_ok();
+        eprintln!("import {number}, {victim:?} killed after {after_ms} ms: {made}");
+        if made {
+            ensure!(answering(&cluster, &name)?.verify()?.files == 5, "{name} is not what was kept");
+            cluster.berth.run(&["vm", "delete", &name, "--force"])?;
+        }
+        ensure!(!any_staged(&pools)?, "something is left staged");
+    }
     cluster.down()
 }

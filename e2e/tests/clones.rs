@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use berth_e2e::process::wait_until;
-use berth_e2e::testing::{Pool, guest_in, up};
+use berth_e2e::testing::{Pool, answering, guest_in, up};
 use berth_e2e::{Cluster, Guest};
 use guest_probe::memory::{Rewrite, Settings};
 use serde_json::Value;
@@ -23,20 +23,6 @@ fn origin(cluster: &Cluster, pool: Pool) -> Result<String> {
     guest.probe.write(5)?;
     cluster.berth.run(&["snapshot", "create", "books", "--name", "origin"])?;
     Ok(guest.probe.tick()?.nonce)
-}
-
-/// A guest as soon as it answers.
-fn answering(cluster: &Cluster, name: &str) -> Result<Guest> {
-    let mut found = None;
-    wait_until(LIMIT, &format!("{name} to answer"), || {
-        let guest = cluster.guest(name)?;
-        if guest.probe.tick_within(Duration::from_millis(500)).is_ok() {
-            found = Some(guest);
-        }
-        Ok(found.is_some())
-    })
-    .with_context(|| format!("{:#}", cluster.vm(name).unwrap_or_default()["status"]))?;
-    found.context("it answered")
 }
 
 fn macs(vm: &Value) -> Vec<String> {

@@ -1,24 +1,11 @@
 //! A machine with UEFI and a TPM, through the command line: made, snapshotted, moved, put back and cloned like any other.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
-use berth_e2e::testing::{Pool, up};
-use berth_e2e::{Cluster, Console, process};
+use berth_e2e::Console;
+use berth_e2e::testing::{Pool, has_files, up};
 
 /// What the guest finds of its machine, typed so that the answer is not in the question.
 const FOUND: &str = "echo found-$(ls -d /sys/firmware/efi /dev/tpm0 | wc -l)";
-const LIMIT: Duration = Duration::from_secs(120);
-
-fn answers(cluster: &Cluster, name: &str, files: u64) -> Result<()> {
-    process::wait_until(LIMIT, &format!("{name} to answer"), || {
-        Ok(cluster.guest(name)?.probe.tick_within(Duration::from_millis(500)).is_ok())
-    })?;
-    let seen = cluster.guest(name)?.verify()?;
-    ensure!(seen.files == files, "{name} has {} files, not {files}", seen.files);
-    Ok(())
-}
-
 fn story(pool: Pool) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let cluster = up(folder.path(), 2)?;
@@ -33,17 +20,17 @@ fn story(pool: Pool) -> Result<()> {
     let first_host = cluster.host_of("books")?;
     cluster.berth.run(&["vm", "migrate", "books"])?;
     ensure!(cluster.host_of("books")? != first_host, "the VM did not move");
-    answers(&cluster, "books", 5)?;
+    has_files(&cluster, "books", 5)?;
     cluster.guest("books")?.probe.write(3)?;
     cluster.berth.run(&["snapshot", "restore", "books", "working"])?;
-    answers(&cluster, "books", 5)?;
+    has_files(&cluster, "books", 5)?;
     cluster.berth.run(&["snapshot", "restore", "books", "working", "--clone", "other"])?;
     let spec = &cluster.vm("other")?["spec"];
     ensure!(spec["firmware"] == "uefi" && spec["tpm"] == true, "{spec}");
     for name in ["books", "other"] {
         cluster.berth.run(&["vm", "stop", name])?;
         cluster.berth.run(&["vm", "start", name])?;
-        answers(&cluster, name, 5)?;
+        has_files(&cluster, name, 5)?;
         Console::attach(&cluster.berth, name)?.type_until(FOUND, "found-2")?;
     }
     cluster.down()
