@@ -8,6 +8,7 @@
 //! process that is killed leaves it behind; `restic` takes one as left behind when it is half an hour old, or of a process of
 //! the same machine that is no more, and so do we. That is also why a lock is made anew every few minutes.
 
+use std::io::Read as _;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -30,6 +31,8 @@ use crate::store::backend::Backend;
 const RENEWED_EVERY: Duration = Duration::from_secs(300);
 /// After how many minutes a lock is one that was left behind: restic's own figure.
 const STALE_MINUTES: i64 = 30;
+/// Longest lock, sealed and as text, in bytes. restic's have some hundred.
+const LOCK_BYTES_MAX: u64 = 64 << 10;
 /// Length of what stands in front of what is encrypted.
 const NONCE_BYTES: usize = 16;
 
@@ -110,7 +113,11 @@ impl Drop for Lock {
 }
 
 fn refuse_if_taken(place: &str, backend: &Backend, key: &Key) -> Result<(), BackupError> {
-    for (name, _) in backend.store().list("locks")? {
+    for (name, length) in backend.store().list("locks")? {
+        // Whoever has the storage alone can put anything there.
+        if length > LOCK_BYTES_MAX {
+            continue;
+        }
         let bytes = match backend.store().read(&format!("locks/{name}"), None) {
             Ok(bytes) => bytes,
             Err(StoreError::Missing { .. }) => continue,
@@ -202,7 +209,12 @@ impl Key {
 fn decompress(text: Vec<u8>) -> Option<Vec<u8>> {
     match text.first()? {
         b'{' => Some(text),
-        2 => zstd::stream::decode_all(&text[1..]).ok(),
+        2 => {
+            let mut plain = Vec::new();
+            let mut unpacked = zstd::stream::read::Decoder::new(&text[1..]).ok()?.take(LOCK_BYTES_MAX);
+            unpacked.read_to_end(&mut plain).ok()?;
+            Some(plain)
+        }
         _ => None,
     }
 }

@@ -155,6 +155,10 @@ pub async fn close(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
     if let Ok(qmp) = vm.qmp() {
         close_node(qmp, layer).await?;
     }
+    remove(vm, layer).await
+}
+
+async fn remove(vm: &VmRuntime, layer: &LayerId) -> Result<(), Problem> {
     let path = vm.dirs()?.layer(layer);
     blocking(move || Ok(durable::remove_file(&path)?)).await
 }
@@ -266,7 +270,7 @@ pub async fn take_switch_back(vm: &mut VmRuntime, disks: &Disks, new_top: &Layer
         // One by one, so that a record names a layer that was taken back for no longer than it takes to write it; and
         // before the file goes, so that none ever names a file that is gone.
         vm.set_disks(vm.disks()?.with_disk(disk, before)).await?;
-        close(vm, &new).await?;
+        remove(vm, &new).await?;
     }
     Ok(())
 }

@@ -203,6 +203,10 @@ impl KnownGood {
 
     fn restored(&self, facts: &RestoreFacts) {
         self.restores.observe(seconds_of_micros(facts.running_us));
+        // What a process touched on another host is not told.
+        if facts.blackout_us.is_some() {
+            return;
+        }
         self.faulted.observe(float(facts.pages_faulted));
         self.working_sets.observe(float(facts.working_set_bytes));
     }
